@@ -1,0 +1,53 @@
+"""SwiGLU experts (arXiv 2002.05202) over rows in expert order: checks, then the torch backend.
+
+Shapes: R rows, D model, F expert hidden, G = 2F gate and up, e experts held here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def expert_mlp(x_RD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, ends_e: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)) with each row's expert.
+
+    Args:
+        x_RD: rows sorted by expert.
+        w_gate_up_eGD: gate rows first, then up rows.
+        w_down_eDF: down projection.
+        ends_e: int32, expert i owns rows ends[i-1] to ends[i]; the last is R. An empty expert gets zero gradients.
+
+    Returns:
+        y_RD.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit together.
+    """
+    _check(x_RD, w_gate_up_eGD, w_down_eDF, ends_e)
+    h_RG = F.grouped_mm(x_RD, w_gate_up_eGD.transpose(1, 2), offs=ends_e)
+    gate_RF, up_RF = h_RG.chunk(2, dim=-1)
+    y_RD = F.grouped_mm(F.silu(gate_RF) * up_RF, w_down_eDF.transpose(1, 2), offs=ends_e)
+    if y_RD.requires_grad:
+        # grouped_mm's backward refuses an expanded gradient, such as the one of y.sum().
+        y_RD.register_hook(torch.Tensor.contiguous)
+    return y_RD
+
+
+def _check(x_RD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, ends_e: Tensor) -> None:
+    if x_RD.dim() != 2 or w_gate_up_eGD.dim() != 3 or w_down_eDF.dim() != 3:
+        shapes = [tuple(t.shape) for t in (x_RD, w_gate_up_eGD, w_down_eDF)]
+        raise ValueError(f"expected x [R, D], gate_up [e, 2F, D] and down [e, D, F], got {shapes}")
+    e, G, D = w_gate_up_eGD.shape
+    if w_down_eDF.shape != (e, D, G // 2) or G % 2 or x_RD.shape[1] != D:
+        raise ValueError(
+            f"gate_up {tuple(w_gate_up_eGD.shape)} needs down [{e}, {D}, {G // 2}] and x [R, {D}], "
+            f"got down {tuple(w_down_eDF.shape)} and x {tuple(x_RD.shape)}"
+        )
+    if ends_e.shape != (e,) or ends_e.dtype != torch.int32:
+        raise ValueError(f"ends must be int32 of shape [{e}], got {ends_e.dtype} {tuple(ends_e.shape)}")
+    if not x_RD.dtype == w_gate_up_eGD.dtype == w_down_eDF.dtype:
+        raise ValueError(
+            f"one dtype is needed, got x {x_RD.dtype}, gate_up {w_gate_up_eGD.dtype}, down {w_down_eDF.dtype}"
+        )

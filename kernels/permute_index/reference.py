@@ -1,0 +1,22 @@
+"""Stable counting sort of expert ids, written to be obvious. N routed pairs, E experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def permute_index_reference(ids_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as `permute_index`, with Python lists."""
+    ids = ids_N.tolist()
+    order = [n for e in range(num_experts) for n in range(len(ids)) if ids[n] == e]
+    inverse = [0] * len(ids)
+    for position, n in enumerate(order):
+        inverse[n] = position
+    ends = [sum(1 for i in ids if i <= e) for e in range(num_experts)]
+    as_int64 = {"dtype": torch.int64, "device": ids_N.device}
+    return (
+        torch.tensor(order, **as_int64),
+        torch.tensor(inverse, **as_int64),
+        torch.tensor(ends, dtype=torch.int32, device=ids_N.device),
+    )

@@ -1,0 +1,183 @@
+"""The command `moe`: reads argv and environment, then calls one function of the library.
+
+Heavy imports happen inside the verbs, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe.errors import InputError, MoeError, RankLostError
+
+EPILOG = "Exit codes: 0 done, 1 anything else, 2 bad input or config, 3 corrupt data or checkpoint, 4 a rank was lost."
+
+app = typer.Typer(
+    help="Train sparse Mixture-of-Experts models, with tokens per joule measured.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Prepare and fetch training text.", no_args_is_help=True, epilog=EPILOG)
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example optim.lr=3e-4.")
+]
+Nproc = Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")]
+
+
+def _example(text: str) -> str:
+    return f"Example: {text}    {EPILOG}"
+
+
+@app.command(epilog=_example("moe train configs/quickstart.yaml optim.lr=3e-4 --nproc 4 parallel.tp=2"))
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML recipe; see configs/.")],
+    overrides: Overrides = None,
+    nproc: Nproc = 1,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run; by default run.root/run.name.")
+    ] = None,
+) -> None:
+    """Train a model; under torchrun each process is a rank, otherwise --nproc ranks are started here."""
+    from moe.config import load_config
+    from moe.train.folder import choose_run_dir
+
+    world_size = _world_size(nproc)
+    resolved = load_config(config, overrides or [], world_size=world_size)
+    folder = choose_run_dir(resolved, run_dir, under_torchrun=_under_torchrun())
+    if world_size > 1 and not _under_torchrun():
+        argv = ["train", str(config), *(overrides or []), "--run-dir", str(folder)]
+        _launch(argv, num_ranks=nproc)
+    else:
+        _run(resolved, folder, resume=False)
+
+
+@app.command(epilog=_example("moe resume runs/quickstart train.steps=600 --nproc 2 parallel.ep=2"))
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to start; by default as many as wrote the checkpoint.")
+    ] = None,
+) -> None:
+    """Continue a run from its newest intact checkpoint, in the same layout or another."""
+    from moe.config import load_config
+    from moe.train.folder import check_unchanged, ranks_of_newest
+
+    num_ranks = nproc or ranks_of_newest(run_dir)
+    world_size = _world_size(num_ranks)
+    resolved = load_config(run_dir / "config.yaml", overrides or [], world_size=world_size)
+    check_unchanged(run_dir, resolved)
+    if world_size > 1 and not _under_torchrun():
+        _launch(["resume", str(run_dir), *(overrides or [])], num_ranks=num_ranks)
+    else:
+        _run(resolved, run_dir, resume=True)
+
+
+@app.command(epilog=_example("moe verify runs/quickstart/checkpoints/step_00000300"))
+def verify(checkpoint: Annotated[Path, typer.Argument(help="A step_NNNNNNNN folder.")]) -> None:
+    """Check every bit of a checkpoint against its manifest."""
+    from moe.checkpoint.manifest import verify as verify_files
+
+    manifest = verify_files(checkpoint, workers=os.cpu_count() or 1)
+    size_bytes = sum(entry.size_bytes for entry in manifest.files)
+    typer.echo(f"{checkpoint}: step {manifest.step}, {len(manifest.files)} files, {size_bytes:,} bytes, intact")
+
+
+@app.command(epilog=_example("moe plot runs/quickstart"))
+def plot(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Draw loss, expert load and power of a run into its plots/ folder."""
+    from moe.metering.plots import plot_run
+
+    for path in plot_run(run_dir):
+        typer.echo(str(path))
+
+
+@data_app.command(epilog=_example("moe data prepare --input corpus/ --tokenizer bytes --out data/corpus"))
+def prepare(
+    inputs: Annotated[
+        list[Path], typer.Option("--input", help="A text or JSONL file, or a directory; may be repeated.")
+    ],
+    out: Annotated[Path, typer.Option(help="PREFIX of the PREFIX.bin and PREFIX.idx to write.")],
+    tokenizer: Annotated[str, typer.Option(help="A tokenizer.json, or `bytes`.")],
+    json_key: Annotated[str, typer.Option(help="Key of the text in JSONL lines.")] = "text",
+) -> None:
+    """Tokenise text into the .bin/.idx files that training reads."""
+    from moe.data.prepare import prepare as prepare_files
+    from moe.data.tokenizer import Tokenizer
+
+    report = prepare_files(inputs, Tokenizer.load(tokenizer), out, json_key=json_key, on_progress=_note)
+    typer.echo(f"{out}: {report.documents:,} documents, {report.tokens:,} tokens, {report.bytes:,} bytes of text")
+
+
+@data_app.command(epilog=_example("moe data fetch handbook --out data/handbook"))
+def fetch(
+    corpus: Annotated[str, typer.Argument(help="handbook: Japanese and English manuals of Debian.")],
+    out: Annotated[Path, typer.Option(help="Directory to write to.")],
+) -> None:
+    """Fetch a known corpus over the network; the only verb that downloads anything."""
+    from moe.data.fetch_handbook import fetch_handbook
+
+    if corpus != "handbook":
+        raise InputError(f"unknown corpus {corpus!r}; allowed: handbook")
+    report = fetch_handbook(out, on_progress=_note)
+    for text in report.texts:
+        typer.echo(f"{text.path}: {text.documents:,} documents, {text.bytes:,} bytes of text")
+
+
+def _under_torchrun() -> bool:
+    return "RANK" in os.environ
+
+
+def _world_size(nproc: int) -> int:
+    return int(os.environ["WORLD_SIZE"]) if _under_torchrun() else nproc
+
+
+def _launch(arguments: list[str], *, num_ranks: int) -> None:
+    from moe.launch.local import launch_local
+
+    launch_local("moe", arguments, num_ranks=num_ranks)
+
+
+def _run(config: Any, run_dir: Path, *, resume: bool) -> None:
+    from moe.ranks import explain_lost_rank
+    from moe.train.run import RunOptions, run_job
+
+    try:
+        run_job(config, RunOptions(run_dir, resume, _note))
+    except MoeError:
+        raise
+    except Exception as error:
+        lost = explain_lost_rank(error)
+        if lost is None:
+            raise
+        raise RankLostError(lost) from error
+
+
+def _note(text: str) -> None:
+    """A message for a person, beside the numbers."""
+    typer.echo(text, err=True)
+
+
+def main() -> None:
+    """Entry point: an error that a user can act on is one message and its documented exit code."""
+    try:
+        app()
+    except MoeError as error:
+        # In a job every rank raises the same error; one of them says it. A lost rank is said by all who notice.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankLostError):
+            typer.echo(f"error: {error}", err=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # After a lost rank the process groups cannot be left in order, so the interpreter's teardown may hang.
+        if isinstance(error, RankLostError) and _under_torchrun():
+            os._exit(error.exit_code)
+        sys.exit(error.exit_code)

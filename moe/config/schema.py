@@ -1,0 +1,185 @@
+"""The one typed description of a run: what a YAML recipe or a dotted override may say.
+
+Every section is frozen and refuses unknown keys. Rules that join several keys (ep divides num_experts, ...)
+are in rules.py; reading files and reporting errors is in load.py. A default states its reason.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every config section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Where a run is kept and what makes it reproducible."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    root: Path = Path("runs")
+    seed: CountOrZero = 1234
+    deterministic: bool = False  # torch.use_deterministic_algorithms; costs speed on a GPU
+
+
+class AttentionSection(Section):
+    """Grouped-query attention (arXiv 2305.13245) or multi-head latent attention (arXiv 2405.04434)."""
+
+    kind: Literal["gqa", "mla"] = "gqa"
+    num_heads: Count
+    num_query_groups: CountOrZero = 0  # gqa: 0 means num_heads (multi-head attention)
+    head_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 128  # gqa; even because RoPE rotates pairs
+    rope_base: Positive = 10_000.0  # RoFormer, arXiv 2104.09864
+    q_lora_rank: CountOrZero = 0  # mla: 0 projects queries directly
+    kv_lora_rank: Count = 512  # mla sizes: DeepSeek-V3, arXiv 2412.19437
+    qk_nope_head_dim: Count = 128
+    qk_rope_head_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    v_head_dim: Count = 128
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads."""
+        return self.num_query_groups or self.num_heads
+
+
+class RouterSection(Section):
+    """How tokens choose experts, and what keeps the experts balanced."""
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    score_before_topk: bool = True  # False: softmax over the chosen logits only (Mixtral, gpt-oss)
+    renormalize: bool = False  # divide the chosen weights by their sum
+    scale: Positive = 1.0  # multiplies the weights (routed_scaling_factor of DeepSeek-V3)
+    aux_loss: Literal["none", "sequence", "batch"] = "sequence"  # scope of the load-balancing loss
+    aux_loss_coeff: NonNegative = 0.0001  # DeepSeek-V3's complement to bias balancing
+    z_loss_coeff: NonNegative = 0.0  # ST-MoE, arXiv 2202.08906, uses 1e-3
+    bias_update_rate: NonNegative = 0.0  # aux-loss-free balancing, arXiv 2408.15664, uses 1e-3; 0 is off
+
+
+class ModelSection(Section):
+    """Sizes of the decoder-only transformer."""
+
+    num_layers: Count
+    num_dense_layers: CountOrZero = 0  # first layers with a dense feed-forward in place of experts
+    hidden_size: Count
+    ffn_hidden_size: Count  # dense layers
+    vocab_size: Count
+    num_experts: Count
+    top_k: Count
+    expert_hidden_size: Count
+    shared_expert_hidden_size: CountOrZero = 0  # 0: no shared expert
+    attention: AttentionSection
+    router: RouterSection = RouterSection()
+    norm_eps: Positive = 1e-5
+    init_std: Positive = 0.02  # GPT-2's; output projections are divided by sqrt(2 * num_layers)
+    tie_embeddings: bool = False
+
+
+class BlendPart(Section):
+    """One tokenised corpus (the PREFIX of PREFIX.bin/.idx) and its share of the samples."""
+
+    prefix: Path
+    weight: Positive = 1.0
+
+
+class DataSection(Section):
+    """What is read. Without `train` the Python standard library's text is tokenised and used."""
+
+    seq_length: Count
+    tokenizer: str = "default"  # default | bytes | path to a tokenizer.json
+    train: tuple[BlendPart, ...] = ()
+    heldout: tuple[BlendPart, ...] = ()
+    cache_dir: Path = Path("~/.cache/joulemoe")
+
+
+class OptimSection(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: Positive
+    min_lr: NonNegative = 0.0
+    warmup_steps: CountOrZero = 0
+    decay_steps: CountOrZero = 0  # 0: decay over train.steps
+    weight_decay: NonNegative = 0.1  # the usual of this size class (GPT-3, DeepSeek-V3)
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Positive = 1e-8
+    clip_grad_norm: NonNegative = 1.0  # 0: no clipping
+
+
+class TrainSection(Section):
+    """How long and how much at once."""
+
+    steps: Count
+    global_batch_size: Count  # sequences a step, over all ranks
+    micro_batch_size: Count
+    precision: Literal["fp32", "bf16"] = "bf16"  # bf16 keeps fp32 main parameters and gradients
+    log_interval: Count = 1
+    eval_interval: CountOrZero = 0  # 0: only at the end
+    eval_sequences: Count = 64
+
+
+class ParallelSection(Section):
+    """The layout; data parallelism takes what is left of the world size. See rules.py."""
+
+    tp: Count = 1
+    pp: Count = 1
+    ep: Count = 1
+    cp: Count = 1
+
+
+class EngineSection(Section):
+    """Which engine trains, and where."""
+
+    name: Literal["megatron"] = "megatron"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_s: Positive = 600.0  # a collective that waits longer ends the run
+
+
+class CheckpointSection(Section):
+    """When checkpoints are written and how many stay."""
+
+    interval: CountOrZero = 0  # steps; 0: only at the end
+    keep: Count = 2
+
+
+class EnergySection(Section):
+    """How energy is read; an estimate is always called one."""
+
+    meter: Literal["auto", "nvml", "rapl", "estimate"] = "auto"
+    # The model of an estimate: idle_w + (full_w - idle_w) * busy share of each logical CPU. Defaults: averages of
+    # server CPUs that Cloud Carbon Footprint derives from SPECpower results; moe.metering.estimate has the source.
+    idle_w_per_cpu: NonNegative = 0.74
+    full_w_per_cpu: NonNegative = 3.5
+    gpu_w: NonNegative = 0.0  # per GPU, where NVML is absent; their power limit is an upper bound
+
+
+class TrackingSection(Section):
+    """Experiment trackers. `offline` writes wandb's files into the run folder and opens no connection."""
+
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "joulemoe"
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    optim: OptimSection
+    train: TrainSection
+    parallel: ParallelSection = ParallelSection()
+    engine: EngineSection = EngineSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    energy: EnergySection = EnergySection()
+    tracking: TrackingSection = TrackingSection()

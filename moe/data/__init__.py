@@ -1,0 +1,1 @@
+"""Text to tokens to batches: tokenizer, corpora, preparation, validation and Megatron datasets."""

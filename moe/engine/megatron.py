@@ -1,0 +1,329 @@
+"""The Megatron-Core engine: tensor, pipeline, expert and data parallelism with the distributed optimizer.
+
+One class for a laptop's CPU and for a cluster; only the communication backend differs (gloo or NCCL).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe.config.schema import RunConfig
+from moe.engine.base import Batch, EvalResult, Layout, StepResult, TrainingDivergedError
+from moe.engine.without_cuda import without_cuda
+from moe.errors import InputError
+from moe.layer import updated_bias
+
+with warnings.catch_warnings():
+    # Transformer Engine and Apex are optional and absent; Megatron says so a dozen times.
+    warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+
+    from moe.model.build import DTYPES, SHARDED_METADATA, build_model
+    from moe.model.moe_adapter import MoEAdapter
+
+OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class MegatronEngine:
+    """Implements moe.engine.base.Engine."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Join the job, build this rank's part of the model and its optimizer.
+
+        Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them the job is one rank.
+
+        Raises:
+            InputError: if the device that the config names is absent.
+        """
+        self.config = config
+        self._undo = contextlib.ExitStack()
+        self._undo.enter_context(warnings.catch_warnings())
+        _silence_third_party()
+        self._undo.enter_context(without_cuda())
+        self.torch_device = _choose_device(config.engine.device)
+        self._join(config)
+        parallel = config.parallel
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            context_parallel_size=parallel.cp,
+            expert_model_parallel_size=parallel.ep,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+        )
+        self._undo.callback(parallel_state.destroy_model_parallel)
+        model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        dp = parallel_state.get_data_parallel_world_size()
+        self.layout = Layout(parallel.tp, parallel.pp, parallel.ep, parallel.cp, dp)
+        self.device = torch.cuda.get_device_name() if self.torch_device.type == "cuda" else "cpu"
+        self.num_microbatches = config.train.global_batch_size // (config.train.micro_batch_size * dp)
+        self._build(config)
+
+    def _join(self, config: RunConfig) -> None:
+        backend = "cpu:gloo,cuda:nccl" if self.torch_device.type == "cuda" else "gloo"
+        timeout = datetime.timedelta(seconds=config.engine.timeout_s)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        self._undo.callback(dist.destroy_process_group)
+
+    def _build(self, config: RunConfig) -> None:
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        self.model = build_model(config, groups, num_microbatches=self.num_microbatches).to(self.torch_device)
+        self.moe_layers = {
+            layer.layer_number - 1: layer.mlp
+            for layer in self.model.decoder.layers
+            if isinstance(layer.mlp, MoEAdapter)
+        }
+        self.params_total = self._count_parameters()
+        megatron_config = self.model.config
+        self.ddp = DistributedDataParallel(
+            megatron_config,
+            DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+            self.model,
+        )
+        optim = config.optim
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.beta1,
+                adam_beta2=optim.beta2,
+                adam_eps=optim.eps,
+                clip_grad=optim.clip_grad_norm,
+                bf16=config.train.precision == "bf16",
+                params_dtype=DTYPES[config.train.precision],
+                use_distributed_optimizer=True,
+            ),
+            [self.ddp],
+            use_gloo_process_groups=False,
+        )
+        megatron_config.grad_scale_func = self.optimizer.scale_loss
+        megatron_config.no_sync_func = self.ddp.no_sync
+        megatron_config.finalize_model_grads_func = finalize_model_grads
+
+    def _count_parameters(self) -> int:
+        """Parameters of the whole model: global shapes of this stage's tensors, each key once over all ranks."""
+        from moe.model.init import global_sizes
+
+        sizes = global_sizes(self.model.sharded_state_dict(metadata=SHARDED_METADATA))
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, sizes)
+        return sum({key: size for part in gathered for key, size in part.items()}.values())
+
+    # ---- training -----------------------------------------------------------------------------------------
+
+    def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
+        """See Engine. Raises TrainingDivergedError if the loss or the gradient norm is not finite."""
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        for adapter in self.moe_layers.values():
+            adapter.tokens_per_expert_E.zero_()
+            adapter.losses_2.zero_()
+        stored = self._run_schedule(batches, self.num_microbatches, forward_only=False)
+        loss, balance, z = self._reduce_losses(stored)
+        if not math.isfinite(loss):
+            raise TrainingDivergedError(
+                f"loss is {loss}; no update was made. Lower optim.lr or resume from a checkpoint"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        _, grad_norm, _ = self.optimizer.step()
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            raise TrainingDivergedError(
+                f"gradient norm is {grad_norm}; lower optim.lr or resume from a checkpoint"
+            )
+        counts_LE = self._reduce_counts()
+        return StepResult(loss, balance, z, float(grad_norm or 0.0), counts_LE)
+
+    def _run_schedule(
+        self, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool
+    ) -> list[dict[str, Tensor]]:
+        stored: list[dict[str, Tensor]] = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=batches,
+            model=[self.ddp],
+            num_microbatches=num_microbatches,
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=self.config.train.micro_batch_size,
+            decoder_seq_length=self.config.data.seq_length,
+            forward_only=forward_only,
+        )
+        return stored
+
+    def _forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = {name: tensor.to(self.torch_device) for name, tensor in next(batches).items()}
+        output = model(batch["tokens_BS"], batch["position_ids_BS"], None, labels=batch["labels_BS"])
+        return output, partial(_token_loss, batch["loss_mask_BS"], batch["labels_BS"])
+
+    def _reduce_losses(self, stored: list[dict[str, Tensor]]) -> tuple[float, float, float]:
+        """Means over the global batch, on every rank: the loss lives on the last stage, the others on all."""
+        tp, dp = self.layout.tp, self.layout.dp * self.layout.cp
+        sums_3 = torch.zeros(3, dtype=torch.float64, device=self.torch_device)
+        for microbatch in stored:
+            sums_3[0] += microbatch["loss"] / (len(stored) * tp * dp)
+        for adapter in self.moe_layers.values():
+            sums_3[1:] += adapter.losses_2 / dp
+        dist.all_reduce(sums_3)
+        loss, balance, z = sums_3.tolist()
+        return loss, balance, z
+
+    def _reduce_counts(self) -> Tensor:
+        """Expert loads over the global batch; moves the expert biases by them."""
+        model = self.config.model
+        counts_LE = torch.zeros(
+            model.num_layers, model.num_experts, dtype=torch.int64, device=self.torch_device
+        )
+        for index, adapter in self.moe_layers.items():
+            counts_LE[index] = adapter.tokens_per_expert_E
+        # Every (token, layer) pair is counted on exactly one rank, so one sum over the world is the global batch.
+        dist.all_reduce(counts_LE)
+        rate = model.router.bias_update_rate
+        if rate > 0:
+            for index, adapter in self.moe_layers.items():
+                bias_E = adapter.layer.router.bias_E
+                bias_E.copy_(updated_bias(bias_E, counts_LE[index], rate))
+        return counts_LE[model.num_dense_layers :].cpu()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch], num_batches: int, token_bytes_V: Tensor) -> EvalResult:
+        """See Engine."""
+        self.ddp.eval()
+        stored = self._run_schedule(batches, num_batches, forward_only=True)
+        sums_3 = torch.zeros(3, dtype=torch.float64, device=self.torch_device)
+        for microbatch in stored:
+            labels, mask = microbatch["labels"], microbatch["mask"]
+            text_bytes = (token_bytes_V.to(labels.device)[labels] * mask).sum()
+            sums_3 += torch.stack([microbatch["nll"], mask.sum(), text_bytes]).double()
+        dist.all_reduce(sums_3)
+        nll, tokens, text_bytes = (sums_3 / self.layout.tp).tolist()
+        return EvalResult(nll, round(tokens), round(text_bytes))
+
+    # ---- checkpoints --------------------------------------------------------------------------------------
+
+    def _optimizers(self) -> list[DistributedOptimizer]:
+        return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
+
+    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        model_state = self.model.sharded_state_dict(metadata=SHARDED_METADATA)
+        optimizer_state = {
+            str(index): optimizer.sharded_param_state_fully_reshardable(
+                model_state, is_loading, metadata=OPTIMIZER_METADATA
+            )
+            for index, optimizer in enumerate(self._optimizers())
+        }
+        return {"model": model_state, "optimizer": optimizer_state}
+
+    def save_shards(self, directory: Path) -> None:
+        """See Engine; Megatron's dist_checkpointing, fully reshardable."""
+        dist_checkpointing.save(self._sharded_state(is_loading=False), str(directory))
+
+    def shard_files(self, directory: Path) -> list[str]:
+        """See Engine; rank 0 also writes the descriptions."""
+        shared = [".metadata", "metadata.json", "common.pt"] if self.rank == 0 else []
+        return sorted(path.name for path in directory.glob(f"__{self.rank}_*.distcp")) + shared
+
+    def load_shards(self, directory: Path, step: int) -> None:
+        """See Engine."""
+        self._create_moments(step)
+        loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))
+        self.model.load_state_dict(loaded["model"])
+        for index, optimizer in enumerate(self._optimizers()):
+            optimizer.load_parameter_state_from_fully_reshardable(loaded["optimizer"][str(index)])
+
+    def _create_moments(self, step: int) -> None:
+        """torch.optim.AdamW makes its state at the first step; Megatron's loader wants it to exist.
+
+        `step` counts updates for Adam's bias correction. torch keeps it beside each parameter, not in the group
+        where Megatron's own state dict looks for it, so it travels in our manifest instead.
+        """
+        for optimizer in self._optimizers():
+            for group in optimizer.optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.optimizer.state[parameter] = {
+                        "step": torch.tensor(float(step)),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+    def rng_state(self) -> dict[str, Tensor]:
+        """See Engine."""
+        states = {"torch": torch.get_rng_state()}
+        if self.torch_device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state()
+        states |= {f"megatron.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+        return states
+
+    def set_rng_state(self, state: Mapping[str, Tensor]) -> None:
+        """See Engine."""
+        torch.set_rng_state(state["torch"])
+        if self.torch_device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"])
+        tracker = {
+            name.removeprefix("megatron."): value
+            for name, value in state.items()
+            if name.startswith("megatron.")
+        }
+        get_cuda_rng_tracker().set_states(tracker)
+
+    def close(self) -> None:
+        """See Engine."""
+        self._undo.close()
+
+
+def _token_loss(mask_BS: Tensor, labels_BS: Tensor, nll_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss of a micro-batch, and what evaluation sums. The schedule divides the mean in place: hence clone."""
+    nll = (nll_BS.float() * mask_BS).sum()
+    loss = nll / mask_BS.sum().clamp(min=1)
+    return loss, {"loss": loss.detach().clone(), "nll": nll.detach(), "mask": mask_BS, "labels": labels_BS}
+
+
+def _silence_third_party() -> None:
+    """Advice on options that we set on purpose, and on torch names that Megatron still uses."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+
+
+def _choose_device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("engine.device=cuda, but this machine has no CUDA device; use auto or cpu")
+    if name == "cpu" and available:
+        raise InputError(
+            "engine.device=cpu on a machine with CUDA: Megatron would use it anyway; hide it with CUDA_VISIBLE_DEVICES="
+        )
+    if not available:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

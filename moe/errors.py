@@ -1,0 +1,36 @@
+"""Typed errors. Each carries the process exit code that the command line documents.
+
+Exit codes: 0 done, 1 anything else, 2 bad input or config, 3 corrupt data or checkpoint, 4 a rank was lost.
+"""
+
+from __future__ import annotations
+
+
+class MoeError(Exception):
+    """Base of every error that a user can act on; its text says what was wrong and what to do."""
+
+    exit_code = 1
+
+
+class InputError(MoeError):
+    """An argument, path or config value that cannot be used."""
+
+    exit_code = 2
+
+
+class CorruptDataError(MoeError):
+    """Training data that is damaged; the text names the file and the byte offset or line."""
+
+    exit_code = 3
+
+
+class CorruptCheckpointError(MoeError):
+    """A checkpoint file that does not match its manifest; the text names the file."""
+
+    exit_code = 3
+
+
+class RankLostError(MoeError):
+    """A rank of the job died or became unreachable; the text names the rank."""
+
+    exit_code = 4

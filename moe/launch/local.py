@@ -1,0 +1,84 @@
+"""Several ranks on this machine, started and watched through torch's elastic API."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+
+from moe.errors import MoeError, RankLostError
+
+# The first rank to fail is noticed after at most this long; then the others are ended.
+MONITOR_INTERVAL_S = 0.1
+
+
+class RankFailedError(MoeError):
+    """A rank ended by itself with an error, which it printed; carries that rank's exit code."""
+
+    def __init__(self, rank: int, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(f"rank {rank} ended with exit code {exit_code}; its message is above")
+
+
+def launch_local(module: str, arguments: Sequence[str], *, num_ranks: int) -> None:
+    """Run `python -m module arguments` as num_ranks ranks and wait for all of them.
+
+    Ranks talk over the loopback interface only. If one is lost, the others are ended within seconds.
+
+    Args:
+        module: a module with a main guard that reads RANK and WORLD_SIZE.
+        arguments: its argv; no shell is involved.
+        num_ranks: processes to start.
+
+    Raises:
+        RankLostError: a rank was killed; the text names rank, process and signal.
+        RankFailedError: a rank ended with an error of its own.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own message says it
+    _set_defaults(num_ranks)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        rdzv_configs={"timeout": 60},
+        max_restarts=0,
+        monitor_interval=MONITOR_INTERVAL_S,
+        local_addr="127.0.0.1",
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        pids = {rank: failure.pid for rank, failure in error.failures.items()}
+        raise _cause(codes, pids) from None
+
+
+def _cause(exit_codes: Mapping[int, int], pids: Mapping[int, int]) -> MoeError:
+    """The failure that came first in meaning: a killed rank, else a rank's own error, else a lost connection."""
+    killed = [rank for rank, code in exit_codes.items() if code < 0]
+    if killed:
+        rank = killed[0]
+        name = signal.Signals(-exit_codes[rank]).name
+        return RankLostError(
+            f"rank {rank} (process {pids[rank]}) was killed by {name}; the other ranks were ended. "
+            "Continue from the newest checkpoint with `moe resume`"
+        )
+    own = [rank for rank, code in exit_codes.items() if code != RankLostError.exit_code]
+    rank = min(own or exit_codes)
+    return RankFailedError(rank, exit_codes[rank])
+
+
+def _set_defaults(num_ranks: int) -> None:
+    """Environment of the ranks, where the user has not set it."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing of a local job listens to the network

@@ -1,0 +1,124 @@
+"""Tokens to the ranks that hold their experts, and back.
+
+`dispatch` returns all that `combine` needs; nothing is kept in between. Shapes: moe/layer/types.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe.kernels.combine import combine, permute
+from moe.kernels.permute_index import permute_index
+from moe.layer.types import Dispatched, Exchange, Routing
+
+
+class Dispatcher(Protocol):
+    """Moves rows to experts and expert outputs home."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+        """Rows for the experts of this rank."""
+        ...
+
+    def combine(self, y_RD: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
+        """The weighted sum of each token's expert outputs, y_TD."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts are on this rank: only a permutation."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+        """Sort the routed pairs by expert."""
+        order_N, inverse_N, ends_E = permute_index(routing.ids_TK.flatten(), self.num_experts)
+        x_ND = permute(x_TD, order_N, inverse_N, routing.ids_TK.shape[1])
+        return Dispatched(x_ND, ends_E, order_N, inverse_N, None)
+
+    def combine(self, y_RD: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
+        """Gather and sum."""
+        return combine(y_RD, routing.weights_TK, dispatched.order_N, dispatched.inverse_N)
+
+
+class AllToAllDispatcher:
+    """Experts are split over `group` in rank order; rows travel by all-to-all.
+
+    Split sizes are Python integers, so a GPU waits for the host once in each forward.
+    """
+
+    def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.num_ranks = dist.get_world_size(group)
+        if num_experts % self.num_ranks:
+            raise ValueError(f"{num_experts} experts cannot be split over {self.num_ranks} expert-parallel ranks")
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // self.num_ranks
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+        """1 sort by expert, 2 exchange counts, 3 exchange rows, 4 sort what arrived by local expert."""
+        order_N, inverse_N, _ = permute_index(routing.ids_TK.flatten(), self.num_experts)
+        x_ND = permute(x_TD, order_N, inverse_N, routing.ids_TK.shape[1])
+        send_pe = routing.counts_E.view(self.num_ranks, self.num_local_experts)
+        recv_pe = torch.empty_like(send_pe)
+        dist.all_to_all_single(recv_pe, send_pe.contiguous(), group=self.group)
+        send_rows = tuple(send_pe.sum(dim=1).tolist())
+        recv_rows = tuple(recv_pe.sum(dim=1).tolist())
+        x_RD = all_to_all_rows(x_ND, send_rows, recv_rows, self.group)
+        local_ids_p = torch.arange(self.num_local_experts, device=x_TD.device).repeat(self.num_ranks)
+        local_ids_R = local_ids_p.repeat_interleave(recv_pe.flatten(), output_size=sum(recv_rows))
+        order_R, inverse_R, ends_e = permute_index(local_ids_R, self.num_local_experts)
+        exchange = Exchange(send_rows, recv_rows, order_R, inverse_R)
+        return Dispatched(permute(x_RD, order_R, inverse_R, 1), ends_e, order_N, inverse_N, exchange)
+
+    def combine(self, y_RD: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
+        """The way of dispatch backwards, then gather and sum."""
+        exchange = dispatched.exchange
+        if exchange is None:
+            raise ValueError("these rows were dispatched by another dispatcher: they carry no exchange")
+        y_RD = permute(y_RD, exchange.inverse_R, exchange.order_R, 1)
+        y_ND = all_to_all_rows(y_RD, exchange.recv_rows, exchange.send_rows, self.group)
+        return combine(y_ND, routing.weights_TK, dispatched.order_N, dispatched.inverse_N)
+
+
+class _AllToAllRows(torch.autograd.Function):
+    """Rows to each rank of the group; the gradient travels back the same way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, send_rows: tuple[int, ...], recv_rows: tuple[int, ...], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.send_rows, ctx.recv_rows, ctx.group = send_rows, recv_rows, group
+        out = x.new_empty(sum(recv_rows), x.shape[1])
+        dist.all_to_all_single(out, x.contiguous(), list(recv_rows), list(send_rows), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out = grad.new_empty(sum(ctx.send_rows), grad.shape[1])
+        dist.all_to_all_single(
+            out, grad.contiguous(), list(ctx.send_rows), list(ctx.recv_rows), group=ctx.group
+        )
+        return out, None, None, None
+
+
+def all_to_all_rows(
+    x: Tensor, send_rows: tuple[int, ...], recv_rows: tuple[int, ...], group: dist.ProcessGroup
+) -> Tensor:
+    """Send the first send_rows[0] rows to rank 0 of the group, and so on; differentiable.
+
+    Args:
+        x: [sum(send_rows), D].
+        send_rows: rows for each rank.
+        recv_rows: rows that come from each rank.
+        group: the ranks.
+
+    Returns:
+        [sum(recv_rows), D], in rank order.
+    """
+    out: Tensor = _AllToAllRows.apply(x, send_rows, recv_rows, group)
+    return out

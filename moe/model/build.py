@@ -1,0 +1,117 @@
+"""From the run's config to a Megatron GPTModel: the stage of the pipeline that this rank holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from moe.config.schema import RunConfig
+from moe.model.init import init_weights, mark_tensor_parallel
+from moe.model.moe_adapter import MoEGroups
+from moe.model.spec import RMSNorm, layer_spec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Every layer has its own key in a checkpoint, whatever the pipeline split.
+SHARDED_METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": False}
+
+
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """Megatron's config for ours. Fusions that need Transformer Engine or Apex are off."""
+    model, parallel, attention = config.model, config.parallel, config.model.attention
+    dtype = DTYPES[config.train.precision]
+    settings: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": attention.num_heads,
+        "num_query_groups": attention.query_groups,
+        "kv_channels": attention.head_dim,
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.top_k,
+        "moe_ffn_hidden_size": model.expert_hidden_size,
+        "moe_layer_freq": [int(i >= model.num_dense_layers) for i in range(model.num_layers)],
+        "layernorm_epsilon": model.norm_eps,
+        "normalization": "RMSNorm",
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": 1,
+        "context_parallel_size": parallel.cp,
+        "sequence_parallel": parallel.tp > 1,  # Megatron demands it of MoE with tensor parallelism
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "use_cpu_initialization": True,
+        "perform_initialization": False,  # init_weights does it
+    }
+    if attention.kind == "gqa":
+        return TransformerConfig(**settings)
+    return MLATransformerConfig(
+        **settings,
+        multi_latent_attention=True,
+        q_lora_rank=attention.q_lora_rank or None,
+        kv_lora_rank=attention.kv_lora_rank,
+        qk_head_dim=attention.qk_nope_head_dim,
+        qk_pos_emb_head_dim=attention.qk_rope_head_dim,
+        v_head_dim=attention.v_head_dim,
+        rope_type="rope",
+        rotary_base=attention.rope_base,
+    )
+
+
+def build_model(config: RunConfig, groups: ProcessGroupCollection, *, num_microbatches: int) -> GPTModel:
+    """This rank's stage, initialised, on the CPU.
+
+    Args:
+        config: the run's.
+        groups: Megatron's process groups.
+        num_microbatches: in a step; the router losses are divided by it.
+    """
+    megatron_config = transformer_config(config)
+    pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
+    moe_params = {
+        "model": config.model,
+        "groups": MoEGroups(ep=groups.ep, tp=groups.tp, dp=groups.dp_cp, expert_dp=groups.expt_dp),
+        "num_microbatches": num_microbatches,
+    }
+    first = get_transformer_layer_offset(megatron_config, pp_rank=pp_rank)
+    count = get_num_layers_to_build(megatron_config, pp_rank=pp_rank)
+    specs = [layer_spec(config.model, index, moe_params) for index in range(first, first + count)]
+    model = GPTModel(
+        megatron_config,
+        TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
+        vocab_size=config.model.vocab_size,
+        max_sequence_length=config.data.seq_length,
+        position_embedding_type="rope",
+        rotary_base=int(config.model.attention.rope_base),
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        pre_process=pp_rank == 0,
+        post_process=pp_rank == pp_size - 1,
+        pg_collection=groups,
+    )
+    mark_tensor_parallel(model)
+    init_weights(
+        model.sharded_state_dict(metadata=SHARDED_METADATA),
+        seed=config.run.seed,
+        std=config.model.init_std,
+        num_layers=config.model.num_layers,
+    )
+    return model

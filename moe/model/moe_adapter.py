@@ -1,0 +1,149 @@
+"""Our MoE layer behind the contract of a Megatron feed-forward.
+
+Megatron gives hidden states [S, B, D] (S divided by tp under sequence parallelism) and takes (output, bias).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from moe.config.schema import ModelSection
+from moe.layer import BalanceSettings, attach_loss, build_moe_layer
+
+
+@dataclass(frozen=True)
+class MoEGroups:
+    """The process groups that the layer communicates in or is replicated over."""
+
+    ep: dist.ProcessGroup
+    tp: dist.ProcessGroup
+    dp: dist.ProcessGroup  # data (and context) parallel ranks: replicas of the router
+    expert_dp: dist.ProcessGroup  # ranks that hold the same experts
+
+
+class SharedExpertMLP(nn.Module):
+    """Megatron's tensor-parallel SwiGLU feed-forward as a shared expert."""
+
+    def __init__(
+        self, config: TransformerConfig, submodules: MLPSubmodules, hidden_size: int, tp: dist.ProcessGroup
+    ) -> None:
+        super().__init__()
+        sized = copy.copy(config)  # the second linear takes its size from the config, not from the argument
+        sized.ffn_hidden_size = hidden_size
+        self.mlp = MLP(sized, submodules, ffn_hidden_size=hidden_size, tp_group=tp)
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        """The output without Megatron's separate bias, which we do not use."""
+        output, _ = self.mlp(x_SBD)
+        y_SBD: Tensor = output
+        return y_SBD
+
+
+class MoEAdapter(MegatronModule):
+    """Builds the layer from the run's config, attaches its losses, counts expert loads, shards its checkpoint."""
+
+    tokens_per_expert_E: Tensor
+    losses_2: Tensor
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        model: ModelSection,
+        groups: MoEGroups,
+        num_microbatches: int,
+        **_: Any,
+    ) -> None:
+        """Build the layer.
+
+        Args:
+            config: Megatron's.
+            submodules: linears of the shared expert.
+            model: sizes and router settings.
+            groups: process groups.
+            num_microbatches: the router losses are divided by it, as the schedule divides the main loss.
+        """
+        super().__init__(config)
+        router = model.router
+        self.groups = groups
+        self.num_microbatches = num_microbatches
+        shared = None
+        if model.shared_expert_hidden_size:
+            shared = SharedExpertMLP(config, submodules, model.shared_expert_hidden_size, groups.tp)
+        self.layer = build_moe_layer(
+            model.hidden_size,
+            model.num_experts,
+            model.top_k,
+            model.expert_hidden_size,
+            shared_expert=shared,
+            balance=BalanceSettings(router.aux_loss, router.aux_loss_coeff, router.z_loss_coeff),
+            ep_group=groups.ep,
+            sequence_group=groups.tp if config.sequence_parallel else None,
+            dtype=config.params_dtype,
+            score=router.score,
+            score_before_topk=router.score_before_topk,
+            renormalize=router.renormalize,
+            scale=router.scale,
+        )
+        self._mark_parameters()
+        self.register_buffer(
+            "tokens_per_expert_E", torch.zeros(model.num_experts, dtype=torch.int64), persistent=False
+        )
+        self.register_buffer("losses_2", torch.zeros(2), persistent=False)
+
+    def _mark_parameters(self) -> None:
+        for weight in self.layer.experts.parameters():
+            # Reduced over the ranks that hold the same experts, never over plain data parallelism; and no rank's
+            # copy is a tensor-parallel duplicate, so that the gradient norm counts every expert once.
+            weight.allreduce = False  # type: ignore[attr-defined]
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+        weight_ED = self.layer.router.weight_ED
+        weight_ED.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_SBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """(output, no bias); the router losses ride on the output."""
+        output = self.layer(hidden_SBD)
+        if not self.training:
+            return output.y, None
+        self.tokens_per_expert_E += output.counts_E
+        self.losses_2 += torch.stack([output.losses.balance, output.losses.z]).detach() / self.num_microbatches
+        return attach_loss(output.y, output.losses.total / self.num_microbatches), None
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Experts sharded over ep and replicated over expert_dp; the router replicated over tp and dp."""
+        layer, groups = self.layer, self.groups
+        ep_rank, ep_size = dist.get_rank(groups.ep), dist.get_world_size(groups.ep)
+        axis = len(sharded_offsets)
+        sharded: dict[str, Any] = {}
+        for name, tensor in layer.experts.named_parameters():
+            key = f"{prefix}layer.experts.{name}"
+            replica = (0, 0, dist.get_rank(groups.expert_dp))
+            sharded[key] = ShardedTensor.from_rank_offsets(
+                key, tensor, *sharded_offsets, (axis, ep_rank, ep_size), replica_id=replica, prepend_axis_num=axis
+            )
+        replica = (0, dist.get_rank(groups.tp), dist.get_rank(groups.dp))
+        for name, tensor in layer.router.state_dict(keep_vars=True).items():
+            key = f"{prefix}layer.router.{name}"
+            sharded[key] = ShardedTensor.from_rank_offsets(
+                key, tensor, *sharded_offsets, replica_id=replica, prepend_axis_num=axis
+            )
+        if isinstance(layer.shared_expert, SharedExpertMLP):
+            shared_prefix = f"{prefix}layer.shared_expert.mlp."
+            sharded |= layer.shared_expert.mlp.sharded_state_dict(shared_prefix, sharded_offsets, metadata)
+        return sharded

@@ -1,0 +1,206 @@
+"""A whole run, on every rank of the job: folders, data, engine, loop, report.
+
+`train` starts one, `resume` continues one from its newest intact checkpoint.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moe.checkpoint.load import find_checkpoint, load_checkpoint
+from moe.checkpoint.durable import write_atomically
+from moe.config.load import dump_config
+from moe.config.schema import RunConfig
+from moe.data.tokenizer import Tokenizer
+from moe.engine.base import Engine
+from moe.errors import MoeError
+from moe.metering.model_shape import model_shape
+from moe.metering.console import ConsoleSink
+from moe.metering.flops import flops_per_token, params_active
+from moe.metering.jsonl import METRICS_FILE, read_step_log
+from moe.metering.report import Layout, Report, write_report
+from moe.metering.sinks import JsonlSink, Sink, WandbSink
+from moe.ranks import on_rank0
+from moe.train.folder import CONFIG_FILE, refuse_existing
+from moe.train.inputs import find_inputs
+from moe.train.job_energy import JobEnergy
+from moe.train.loop import Loop, Progress, progress_from
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is given beside its config."""
+
+    run_dir: Path
+    resume: bool
+    note: Note  # messages for a person; called on rank 0 only
+
+
+def run_job(config: RunConfig, options: RunOptions) -> Report | None:
+    """Train on every rank of the job; collective. Rank 0 returns the report.
+
+    Raises:
+        MoeError: its text names what was wrong; the same on every rank.
+    """
+    _seed_everything(config)
+    engine = _make_engine(config)
+    try:
+        return _run_on(engine, config, options)
+    finally:
+        engine.close()
+
+
+def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | None:
+    run_dir, note = options.run_dir, options.note
+    on_rank0(lambda: _open_folder(run_dir, config, resume=options.resume))
+    inputs = on_rank0(lambda: find_inputs(config, note))
+    tokenizer = Tokenizer.load(inputs.tokenizer)
+    from moe.data.dataset import build_gpt_datasets
+
+    datasets = build_gpt_datasets(
+        train=inputs.train,
+        heldout=inputs.heldout,
+        seq_length=config.data.seq_length,
+        train_samples=config.train.steps * config.train.global_batch_size,
+        heldout_samples=config.train.eval_sequences,
+        tokenizer=tokenizer,
+        seed=config.run.seed,
+        cache_dir=inputs.cache_dir / "indices",
+    )
+    progress = _restore(engine, run_dir, note) if options.resume else Progress()
+    energy = JobEnergy(config.energy, engine.torch_device)
+    sinks = _open_sinks(config, run_dir, energy, progress, note) if engine.rank == 0 else []
+    token_bytes_V = torch.from_numpy(tokenizer.token_bytes())
+    loop = Loop(config, run_dir, engine, datasets, token_bytes_V, energy, sinks, progress)
+    report: Report | None = None
+    for sink in sinks:
+        sink.start(config.model_dump(mode="json"), config.train.steps)
+    try:
+        loop.run()
+        report = make_report(config, engine, energy, progress)
+        if engine.rank == 0:
+            write_report(run_dir / "report.json", report)
+    finally:
+        energy.close()
+        for sink in sinks:
+            sink.finish(report)
+    loop.close()
+    if engine.rank != 0:
+        return None
+    _plot(run_dir, note)
+    return report
+
+
+def _make_engine(config: RunConfig) -> Engine:
+    from moe.engine.megatron import MegatronEngine
+
+    return MegatronEngine(config)
+
+
+def _seed_everything(config: RunConfig) -> None:
+    random.seed(config.run.seed)
+    np.random.seed(config.run.seed)  # noqa: NPY002 - seeds what libraries draw from the global generator
+    torch.manual_seed(config.run.seed)
+    torch.use_deterministic_algorithms(config.run.deterministic)
+
+
+def _open_folder(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
+    if not resume:
+        refuse_existing(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / CONFIG_FILE, dump_config(config).encode())
+
+
+def _restore(engine: Engine, run_dir: Path, note: Note) -> Progress:
+    checkpoint = find_checkpoint(run_dir / "checkpoints", note)
+    from moe.checkpoint.manifest import read_manifest
+
+    written = read_manifest(checkpoint).state
+    same = written["layout"] == engine.layout.as_dict() and written["world_size"] == engine.world_size
+    manifest = load_checkpoint(engine, checkpoint, same_layout=same)
+    progress = progress_from(manifest.state)
+    # Steps after the checkpoint are done again; the energy of their first time was spent all the same.
+    spent_j = on_rank0(lambda: _last_energy_j(run_dir / METRICS_FILE))
+    progress.energy_j = max(progress.energy_j, spent_j)
+    if engine.rank == 0:
+        note(f"resuming from {checkpoint} at step {progress.step}" + ("" if same else ", in another layout"))
+    return progress
+
+
+def _last_energy_j(metrics: Path) -> float:
+    if not metrics.exists():
+        return 0.0
+    return max((record.get("energy_j") or 0.0 for record in read_step_log(metrics)), default=0.0)
+
+
+def _open_sinks(
+    config: RunConfig, run_dir: Path, energy: JobEnergy, progress: Progress, note: Note
+) -> list[Sink]:
+    note(f"energy: {energy.description}")
+    return [
+        ConsoleSink(
+            estimated=energy.estimated, log_interval=config.train.log_interval, done_steps=progress.step
+        ),
+        JsonlSink(run_dir, resume_step=progress.step),
+        WandbSink(
+            run_dir,
+            project=config.tracking.project,
+            run_name=config.run.name,
+            warn=note,
+            mode=config.tracking.wandb,
+        ),
+    ]
+
+
+def make_report(config: RunConfig, engine: Engine, energy: JobEnergy, progress: Progress) -> Report:
+    """What report.json says; every number is counted, metered or closed-form."""
+    shape = model_shape(config.model)
+    return Report(
+        run=config.run.name,
+        commit=_git_commit(),
+        steps=progress.step,
+        tokens=progress.tokens,
+        params_total=engine.params_total,
+        params_active=params_active(shape),
+        flops_per_token=flops_per_token(shape, config.data.seq_length),
+        loss_first=progress.loss_first,
+        loss_last=progress.loss_last,
+        heldout_loss=progress.heldout_loss,
+        heldout_bits_per_byte=progress.heldout_bits_per_byte,
+        tokens_per_s=progress.tokens / progress.wall_s,
+        wall_s=progress.wall_s,
+        layout=Layout(**engine.layout.as_dict()),
+        engine=config.engine.name,
+        device=engine.device,
+        energy=energy.report(progress.energy_j),
+        tokens_per_j=progress.tokens / progress.energy_j if progress.energy_j else None,
+    )
+
+
+def _git_commit() -> str | None:
+    """Commit of the library's own checkout; None when it is installed from a wheel."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _plot(run_dir: Path, note: Note) -> None:
+    from moe.metering.plots import plot_run
+
+    try:
+        for path in plot_run(run_dir):
+            note(f"plot: {path}")
+    except MoeError as error:
+        note(f"no plots: {error}")
