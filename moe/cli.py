@@ -130,7 +130,7 @@ def fetch(
         raise InputError(f"unknown corpus {corpus!r}; allowed: handbook")
     report = fetch_handbook(out, on_progress=_note)
     for text in report.texts:
-        typer.echo(f"{text.path}: {text.documents:,} documents, {text.bytes:,} bytes of text")
+        typer.echo(f"{text.path}: {text.documents:,} documents, {text.text_bytes:,} bytes of text")
 
 
 def _under_torchrun() -> bool:

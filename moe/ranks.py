@@ -69,7 +69,14 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 # What c10d backends say when the other end of a connection is gone or silent.
-_LOST_WORDS = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "Connection refused")
+_LOST_WORDS = (
+    "Connection closed",
+    "Connection reset",
+    "Broken pipe",
+    "Timed out",
+    "timed out",
+    "Connection refused",
+)
 
 
 def explain_lost_rank(error: Exception) -> str | None:
@@ -82,7 +89,8 @@ def explain_lost_rank(error: Exception) -> str | None:
         return None
     first_line = str(error).strip().splitlines()[0]
     return (
-        f"rank {os.environ.get('RANK', '0')} lost contact with another rank{_missing_siblings()}: {first_line}. "
+        f"rank {os.environ.get('RANK', '0')} lost contact with another rank{_missing_siblings()}: "
+        f"{first_line}. "
         "Continue from the newest checkpoint with `moe resume`"
     )
 

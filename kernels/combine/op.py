@@ -30,7 +30,7 @@ class _Permute(torch.autograd.Function):
 def permute(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
     """Rows of x in expert order, each token K times; order and inverse from `permute_index`."""
     _check(order_N, inverse_N, x_TD.shape[0] * top_k)
-    out: Tensor = _Permute.apply(x_TD, order_N, inverse_N, top_k)
+    out: Tensor = _Permute.apply(x_TD, order_N, inverse_N, top_k)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -40,7 +40,8 @@ def combine(y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, inverse_N: Tensor
     Args:
         y_ND: expert outputs in expert order.
         weights_TK: fp32; the sum is taken in fp32 and returned in y's dtype.
-        order_N, inverse_N: from `permute_index`.
+        order_N: pair at each row of expert order, from `permute_index`.
+        inverse_N: row of each pair, likewise.
 
     Raises:
         ValueError: if the lengths do not fit.
@@ -49,11 +50,13 @@ def combine(y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, inverse_N: Tensor
     _check(order_N, inverse_N, T * K)
     # The same Function with K = 1: a permutation whose gradient is a gather too.
     y_NKD = permute(y_ND, inverse_N, order_N, 1).unflatten(0, (T, K))
-    return (y_NKD.float() * weights_TK.unsqueeze(-1)).sum(dim=1).to(y_ND.dtype)
+    y_TD: Tensor = (y_NKD.float() * weights_TK.unsqueeze(-1)).sum(dim=1)
+    return y_TD.to(y_ND.dtype)
 
 
 def _check(order_N: Tensor, inverse_N: Tensor, num_rows: int) -> None:
     if order_N.shape != (num_rows,) or inverse_N.shape != (num_rows,):
         raise ValueError(
-            f"order and inverse must hold {num_rows} rows, got {tuple(order_N.shape)} and {tuple(inverse_N.shape)}"
+            f"order and inverse must hold {num_rows} rows, "
+            f"got {tuple(order_N.shape)} and {tuple(inverse_N.shape)}"
         )

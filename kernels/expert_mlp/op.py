@@ -17,7 +17,8 @@ def expert_mlp(x_RD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, ends_e: 
         x_RD: rows sorted by expert.
         w_gate_up_eGD: gate rows first, then up rows.
         w_down_eDF: down projection.
-        ends_e: int32, expert i owns rows ends[i-1] to ends[i]; the last is R. An empty expert gets zero gradients.
+        ends_e: int32, expert i owns rows ends[i-1] to ends[i]; the last is R. An empty expert gets zero
+            gradients.
 
     Returns:
         y_RD.

@@ -14,9 +14,8 @@ def permute_index_reference(ids_N: Tensor, num_experts: int) -> tuple[Tensor, Te
     for position, n in enumerate(order):
         inverse[n] = position
     ends = [sum(1 for i in ids if i <= e) for e in range(num_experts)]
-    as_int64 = {"dtype": torch.int64, "device": ids_N.device}
     return (
-        torch.tensor(order, **as_int64),
-        torch.tensor(inverse, **as_int64),
+        torch.tensor(order, dtype=torch.int64, device=ids_N.device),
+        torch.tensor(inverse, dtype=torch.int64, device=ids_N.device),
         torch.tensor(ends, dtype=torch.int32, device=ids_N.device),
     )

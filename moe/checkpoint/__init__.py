@@ -1,1 +1,1 @@
-
+"""Checkpoints: shards of every rank under one manifest, verified before they are read."""

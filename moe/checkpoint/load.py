@@ -12,7 +12,7 @@ from torch import Tensor
 from moe.checkpoint.manifest import Manifest, read_manifest
 from moe.checkpoint.pickle_gate import DCP_METADATA_GLOBALS, check_pickle, weights_only_forced
 from moe.checkpoint.save import rng_name
-from moe.checkpoint.store import newest_valid
+from moe.checkpoint.store import newest_valid, quarantine
 from moe.errors import CorruptCheckpointError
 from moe.ranks import on_rank0
 
@@ -32,7 +32,7 @@ class ShardSink(Protocol):
 
 
 def find_checkpoint(root: Path, on_note: Callable[[str], None]) -> Path:
-    """The newest checkpoint that is intact bit for bit; collective, rank 0 hashes.
+    """The newest checkpoint that is intact bit for bit; collective, rank 0 hashes and renames damaged ones.
 
     Args:
         root: the folder of all checkpoints of the run.
@@ -43,10 +43,12 @@ def find_checkpoint(root: Path, on_note: Callable[[str], None]) -> Path:
         CorruptCheckpointError: none is intact.
     """
 
-    def tell(checkpoint: Path, error: CorruptCheckpointError) -> None:
-        on_note(f"{error} Falling back to the checkpoint before {checkpoint.name}.")
+    def set_aside(checkpoint: Path, error: CorruptCheckpointError) -> None:
+        # Left in place, it would count among those to keep, and the next save would delete the intact one.
+        aside = quarantine(checkpoint)
+        on_note(f"{error} It was moved to {aside}; falling back to the checkpoint before it.")
 
-    return on_rank0(lambda: newest_valid(root, on_corrupt=tell))
+    return on_rank0(lambda: newest_valid(root, on_corrupt=set_aside))
 
 
 def load_checkpoint(engine: ShardSink, checkpoint: Path, *, same_layout: bool) -> Manifest:

@@ -24,7 +24,7 @@ from typing import Annotated
 import xxhash
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from moe.checkpoint.durable import TEMPORARY_SUFFIX, fsync_directory, storage_error, write_atomically
+from moe.durable import TEMPORARY_SUFFIX, fsync_directory, storage_error, write_atomically
 from moe.errors import CorruptCheckpointError, InputError
 
 MANIFEST_NAME = "manifest.json"

@@ -19,8 +19,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from moe.checkpoint.durable import fsync_directory, storage_error
 from moe.checkpoint.manifest import MANIFEST_NAME, read_manifest, verify
+from moe.durable import fsync_directory, storage_error
 from moe.errors import CorruptCheckpointError, InputError
 
 _PARTIAL, _REPLACED, _DELETING, _CORRUPT = ".partial", ".replaced", ".deleting", ".corrupt"

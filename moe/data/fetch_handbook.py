@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe.data.atomic import atomic_writer
 from moe.data.html_text import is_english_prose, is_japanese_prose, visible_lines
 from moe.data.progress import Progress, silent
 from moe.data.split import Document, drop_overlap, is_heldout
+from moe.durable import atomic_writer
 from moe.errors import InputError
 
 PACKAGES = (

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from moe.data.atomic import atomic_writer
+from moe.durable import atomic_writer
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe.data.atomic import atomic_writer
 from moe.data.indexed import IndexedWriter, indexed_writer, sidecar_path
 from moe.data.progress import Progress, silent
 from moe.data.sources import find_files, read_documents
 from moe.data.split import Document
 from moe.data.tokenizer import Tokenizer
+from moe.durable import atomic_writer
 from moe.errors import InputError
 
 _BATCH_CHARACTERS = 1 << 20  # enough documents at once to keep the tokenizer's threads busy

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moe.data.atomic import atomic_writer
+from moe.durable import atomic_writer
 from moe.errors import InputError
 
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>")

@@ -1,1 +1,1 @@
-
+"""Engines: the libraries that carry the parallel training of a model."""

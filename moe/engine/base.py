@@ -83,7 +83,7 @@ class Engine(Protocol):
         ...
 
     def load_shards(self, directory: Path, step: int) -> None:
-        """Read what save_shards wrote, in whatever layout it was written; `step` is the steps already taken."""
+        """Read what save_shards wrote, in whatever layout; `step` is the steps already taken."""
         ...
 
     def rng_state(self) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from moe.config.schema import RunConfig
 from moe.engine.base import Batch, EvalResult, Layout, StepResult, TrainingDivergedError
@@ -91,7 +92,8 @@ class MegatronEngine:
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            # A job of one rank needs no port.
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         self._undo.callback(dist.destroy_process_group)
 
     def _build(self, config: RunConfig) -> None:
@@ -131,7 +133,7 @@ class MegatronEngine:
         megatron_config.finalize_model_grads_func = finalize_model_grads
 
     def _count_parameters(self) -> int:
-        """Parameters of the whole model: global shapes of this stage's tensors, each key once over all ranks."""
+        """Parameters of the whole model: global shapes of this stage's tensors, each key once."""
         from moe.model.init import global_sizes
 
         sizes = global_sizes(self.model.sharded_state_dict(metadata=SHARDED_METADATA))
@@ -205,7 +207,7 @@ class MegatronEngine:
         )
         for index, adapter in self.moe_layers.items():
             counts_LE[index] = adapter.tokens_per_expert_E
-        # Every (token, layer) pair is counted on exactly one rank, so one sum over the world is the global batch.
+        # A (token, layer) pair is counted on exactly one rank: the sum over the world is the global batch.
         dist.all_reduce(counts_LE)
         rate = model.router.bias_update_rate
         if rate > 0:
@@ -263,8 +265,8 @@ class MegatronEngine:
     def _create_moments(self, step: int) -> None:
         """torch.optim.AdamW makes its state at the first step; Megatron's loader wants it to exist.
 
-        `step` counts updates for Adam's bias correction. torch keeps it beside each parameter, not in the group
-        where Megatron's own state dict looks for it, so it travels in our manifest instead.
+        `step` counts updates for Adam's bias correction. torch keeps it beside each parameter, not in the
+        group where Megatron's own state dict looks for it, so it travels in our manifest instead.
         """
         for optimizer in self._optimizers():
             for group in optimizer.optimizer.param_groups:
@@ -301,7 +303,7 @@ class MegatronEngine:
 
 
 def _token_loss(mask_BS: Tensor, labels_BS: Tensor, nll_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean loss of a micro-batch, and what evaluation sums. The schedule divides the mean in place: hence clone."""
+    """Mean loss of a micro-batch, and what evaluation sums; cloned, for the schedule divides it in place."""
     nll = (nll_BS.float() * mask_BS).sum()
     loss = nll / mask_BS.sum().clamp(min=1)
     return loss, {"loss": loss.detach().clone(), "nll": nll.detach(), "mask": mask_BS, "labels": labels_BS}
@@ -320,7 +322,8 @@ def _choose_device(name: str) -> torch.device:
         raise InputError("engine.device=cuda, but this machine has no CUDA device; use auto or cpu")
     if name == "cpu" and available:
         raise InputError(
-            "engine.device=cpu on a machine with CUDA: Megatron would use it anyway; hide it with CUDA_VISIBLE_DEVICES="
+            "engine.device=cpu on a machine with CUDA: Megatron would use it anyway; "
+            "hide it with CUDA_VISIBLE_DEVICES="
         )
     if not available:
         return torch.device("cpu")

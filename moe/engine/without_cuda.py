@@ -1,9 +1,9 @@
 """What lets Megatron-Core run where CUDA is absent.
 
-Megatron names CUDA directly in places: it allocates counters with device="cuda", asks torch.cuda for its current
-device, opens streams. On a machine without CUDA each such name is pointed at the CPU for as long as the context is
-open, and put back on exit. Where CUDA exists this does nothing. No computation is replaced: what runs on the CPU is
-Megatron's own code over gloo.
+Megatron names CUDA directly in places: it allocates counters with device="cuda", asks torch.cuda for its
+current device, opens streams. On a machine without CUDA each such name is pointed at the CPU for as long as
+the context is open, and put back on exit. Where CUDA exists this does nothing. No computation is replaced:
+what runs on the CPU is Megatron's own code over gloo.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _NullStream:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """device="cuda" in factories and .to("cuda") go to the CPU: the pipeline schedules and the gradient norm."""
+    """device="cuda" in factories and .to("cuda") go to the CPU: the schedules and the gradient norm."""
 
     def __torch_function__(
         self,

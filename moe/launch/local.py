@@ -63,7 +63,7 @@ def launch_local(module: str, arguments: Sequence[str], *, num_ranks: int) -> No
 
 
 def _cause(exit_codes: Mapping[int, int], pids: Mapping[int, int]) -> MoeError:
-    """The failure that came first in meaning: a killed rank, else a rank's own error, else a lost connection."""
+    """The failure that explains the others: a killed rank, else a rank's own error, else a lost one."""
     killed = [rank for rank, code in exit_codes.items() if code < 0]
     if killed:
         rank = killed[0]

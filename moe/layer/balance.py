@@ -36,8 +36,8 @@ def router_losses(
         sequence_length: S, the positions of each sequence that this rank holds.
         settings: scopes and coefficients.
         score: `softmax` or `sigmoid`; sigmoid scores are divided by their sum, as in DeepSeek-V3.
-        sequence_group: ranks that hold the other positions of the same sequences (sequence parallelism). The
-            returned values are this rank's share: their sum over the group is the loss of the whole sequences.
+        sequence_group: ranks that hold the other positions of the same sequences (sequence parallelism).
+            The returned values are this rank's share; their sum over the group is the loss.
     """
     parts = dist.get_world_size(sequence_group) if sequence_group is not None else 1
     logits_SBE = routing.logits_TE.unflatten(0, (sequence_length, -1))
@@ -45,7 +45,12 @@ def router_losses(
     balance, z = zero, zero
     if settings.aux_loss != "none" and settings.aux_loss_coeff > 0:
         balance = settings.aux_loss_coeff * _balance_loss(
-            logits_SBE, routing.ids_TK, settings.aux_loss, score, parts, sequence_group
+            logits_SBE,
+            routing.ids_TK,
+            scope=settings.aux_loss,
+            score=score,
+            parts=parts,
+            sequence_group=sequence_group,
         )
     if settings.z_loss_coeff > 0:
         z = settings.z_loss_coeff * logits_SBE.logsumexp(dim=-1).square().mean() / parts
@@ -55,6 +60,7 @@ def router_losses(
 def _balance_loss(
     logits_SBE: Tensor,
     ids_TK: Tensor,
+    *,
     scope: str,
     score: str,
     parts: int,
@@ -113,8 +119,8 @@ class _AttachLoss(torch.autograd.Function):
 def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
     """y, such that a backward through it also minimises `loss`.
 
-    For a pipeline, where the stage that knows the loss is not the stage that starts the backward. The caller
-    scales the loss (for example by 1 / microbatches), because a gradient of one is injected in every backward.
+    For a pipeline, where the stage that knows the loss is not the stage that starts the backward. The
+    caller scales the loss (for example by 1 / microbatches): every backward injects a gradient of one.
     """
-    out: Tensor = _AttachLoss.apply(y, loss)
+    out: Tensor = _AttachLoss.apply(y, loss)  # type: ignore[no-untyped-call]
     return out

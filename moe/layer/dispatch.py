@@ -55,7 +55,9 @@ class AllToAllDispatcher:
         self.group = group
         self.num_ranks = dist.get_world_size(group)
         if num_experts % self.num_ranks:
-            raise ValueError(f"{num_experts} experts cannot be split over {self.num_ranks} expert-parallel ranks")
+            raise ValueError(
+                f"{num_experts} experts cannot be split over {self.num_ranks} expert-parallel ranks"
+            )
         self.num_experts = num_experts
         self.num_local_experts = num_experts // self.num_ranks
 
@@ -120,5 +122,5 @@ def all_to_all_rows(
     Returns:
         [sum(recv_rows), D], in rank order.
     """
-    out: Tensor = _AllToAllRows.apply(x, send_rows, recv_rows, group)
+    out: Tensor = _AllToAllRows.apply(x, send_rows, recv_rows, group)  # type: ignore[no-untyped-call]
     return out

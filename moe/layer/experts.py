@@ -11,8 +11,8 @@ from moe.kernels.expert_mlp import expert_mlp
 class GroupedExperts(nn.Module):
     """SwiGLU experts as two stacked weights, computed by grouped GEMMs.
 
-    Gate and up share one weight (gate rows first, the order of Hugging Face's fused experts), so a token's row
-    is read once.
+    Gate and up share one weight (gate rows first, the order of Hugging Face's fused experts), so a token's
+    row is read once.
     """
 
     def __init__(

@@ -59,7 +59,8 @@ class MoELayer(nn.Module):
         ranks = 1 if alone else dist.get_world_size(ep_group)
         if experts.w_down_eDF.shape[0] * ranks != num_experts:
             raise ValueError(
-                f"{experts.w_down_eDF.shape[0]} local experts on {ranks} ranks are not the router's {num_experts}"
+                f"{experts.w_down_eDF.shape[0]} local experts on {ranks} ranks "
+                f"are not the router's {num_experts}"
             )
         self.dispatcher: Dispatcher
         if ep_group is None or alone:
@@ -117,7 +118,9 @@ def build_moe_layer(
         scale=scale,
         device=device,
     )
-    experts = GroupedExperts(num_experts // ranks, hidden_size, expert_hidden_size, dtype=dtype, device=device)
+    experts = GroupedExperts(
+        num_experts // ranks, hidden_size, expert_hidden_size, dtype=dtype, device=device
+    )
     return MoELayer(
         router,
         experts,

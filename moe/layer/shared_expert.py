@@ -22,7 +22,9 @@ class SharedExpert(nn.Module):
         self.w_gate_up_GD = nn.Parameter(
             torch.empty(2 * shared_hidden_size, hidden_size, dtype=dtype, device=device)
         )
-        self.w_down_DF = nn.Parameter(torch.empty(hidden_size, shared_hidden_size, dtype=dtype, device=device))
+        self.w_down_DF = nn.Parameter(
+            torch.empty(hidden_size, shared_hidden_size, dtype=dtype, device=device)
+        )
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Normal initialisation with the given standard deviation."""
@@ -30,6 +32,6 @@ class SharedExpert(nn.Module):
         nn.init.normal_(self.w_down_DF, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y of the shape of x, [..., D]."""
+        """The output, of the shape of x, [..., D]."""
         gate, up = F.linear(x, self.w_gate_up_GD).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, self.w_down_DF)

@@ -1,7 +1,7 @@
 """What flows between the four stages of the layer: route -> dispatch -> compute -> combine.
 
-Shapes: T tokens on this rank, K top-k, E experts, N = T*K routed pairs, R rows received by this rank's experts,
-e experts held by this rank, D model.
+Shapes: T tokens on this rank, K top-k, E experts, N = T*K routed pairs, R rows received by this rank's
+experts, e experts held by this rank, D model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Losses:
-    """Router losses of one forward, already multiplied by their coefficients; this rank's share of the batch."""
+    """Router losses of one forward, times their coefficients; this rank's share."""
 
     balance: Tensor
     z: Tensor

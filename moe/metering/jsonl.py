@@ -28,8 +28,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moe.durable import write_atomically
 from moe.errors import InputError
-from moe.metering.atomic import write_text_atomic
 
 METRICS_FILE = "metrics.jsonl"
 EXPERT_LOAD_FILE = "expert_load.jsonl"
@@ -53,7 +53,7 @@ class StepLog:
         kept = [record for record in old_records if record["step"] <= resume_step]
         # The newest line kept, from which running totals go on; None in a fresh log.
         self.last: dict[str, Any] | None = kept[-1] if kept else None
-        write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from moe.durable import write_atomically
 from moe.errors import InputError
-from moe.metering.atomic import write_text_atomic
 from moe.metering.energy import Boundary, Source
 
 
@@ -102,7 +102,7 @@ class Report(_Part):
 
 def write_report(path: Path, report: Report) -> None:
     """Write the report as JSON; a reader sees the old file or the new one, never a part."""
-    write_text_atomic(path, report.model_dump_json(indent=2) + "\n")
+    write_atomically(path, report.model_dump_json(indent=2) + "\n")
 
 
 def read_report(path: Path) -> Report:

@@ -1,1 +1,1 @@
-
+"""The transformer as Megatron specs around our MoE layer."""

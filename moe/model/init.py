@@ -1,8 +1,8 @@
 """Initial weights that do not depend on the layout: every element is a function of (seed, name, place).
 
-A tensor is drawn in blocks of rows, each from its own generator, so a rank draws only the blocks that it holds:
-a trillion-parameter model starts without any rank ever holding a full tensor, and tp=2 ep=4 starts from the very
-weights of a single rank.
+A tensor is drawn in blocks of rows, each from its own generator, so a rank draws only the blocks that it
+holds: a trillion-parameter model starts without any rank ever holding a full tensor, and tp=2 ep=4 starts
+from the very weights of a single rank.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def init_weights(sharded_state: Mapping[str, Any], *, seed: int, std: float, num
             shard.data.zero_()
         else:
             scale = 1.0 / math.sqrt(2 * num_layers) if key.endswith(OUTPUT_PROJECTIONS) else 1.0
-            shard.data.copy_(seeded_normal(key, shard.global_shape, shard.global_offset, shard.local_shape, seed))
+            shard.data.copy_(
+                seeded_normal(key, shard.global_shape, shard.global_offset, shard.local_shape, seed)
+            )
             shard.data.mul_(std * scale)
 
 
@@ -84,7 +86,7 @@ def _shards(sharded_state: Mapping[str, Any]) -> Iterator[ShardedTensor]:
 def seeded_normal(
     name: str, global_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...], seed: int
 ) -> Tensor:
-    """The part [offset, offset + shape) of a normal tensor of global_shape that belongs to (seed, name); fp32, CPU."""
+    """The part [offset, offset + shape) of the normal fp32 tensor that belongs to (seed, name)."""
     row_elements = math.prod(global_shape[1:])
     block_rows = max(1, BLOCK_ELEMENTS // row_elements)
     out = torch.empty(shape, dtype=torch.float32)

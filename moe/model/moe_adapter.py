@@ -51,7 +51,7 @@ class SharedExpertMLP(nn.Module):
 
 
 class MoEAdapter(MegatronModule):
-    """Builds the layer from the run's config, attaches its losses, counts expert loads, shards its checkpoint."""
+    """Builds the layer from the config, attaches its losses, counts expert loads, shards its checkpoint."""
 
     tokens_per_expert_E: Tensor
     losses_2: Tensor
@@ -104,8 +104,8 @@ class MoEAdapter(MegatronModule):
 
     def _mark_parameters(self) -> None:
         for weight in self.layer.experts.parameters():
-            # Reduced over the ranks that hold the same experts, never over plain data parallelism; and no rank's
-            # copy is a tensor-parallel duplicate, so that the gradient norm counts every expert once.
+            # Reduced over the ranks that hold the same experts, never over plain data parallelism; and no
+            # rank's copy is a tensor-parallel duplicate, so that the gradient norm counts every expert.
             weight.allreduce = False  # type: ignore[attr-defined]
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
         weight_ED = self.layer.router.weight_ED
@@ -117,7 +117,9 @@ class MoEAdapter(MegatronModule):
         if not self.training:
             return output.y, None
         self.tokens_per_expert_E += output.counts_E
-        self.losses_2 += torch.stack([output.losses.balance, output.losses.z]).detach() / self.num_microbatches
+        self.losses_2 += (
+            torch.stack([output.losses.balance, output.losses.z]).detach() / self.num_microbatches
+        )
         return attach_loss(output.y, output.losses.total / self.num_microbatches), None
 
     def sharded_state_dict(
@@ -135,7 +137,12 @@ class MoEAdapter(MegatronModule):
             key = f"{prefix}layer.experts.{name}"
             replica = (0, 0, dist.get_rank(groups.expert_dp))
             sharded[key] = ShardedTensor.from_rank_offsets(
-                key, tensor, *sharded_offsets, (axis, ep_rank, ep_size), replica_id=replica, prepend_axis_num=axis
+                key,
+                tensor,
+                *sharded_offsets,
+                (axis, ep_rank, ep_size),
+                replica_id=replica,
+                prepend_axis_num=axis,
             )
         replica = (0, dist.get_rank(groups.tp), dist.get_rank(groups.dp))
         for name, tensor in layer.router.state_dict(keep_vars=True).items():

@@ -1,1 +1,1 @@
-
+"""The run: inputs, loop, report."""

@@ -43,7 +43,8 @@ def refuse_existing(run_dir: Path) -> None:
     """Raise InputError if the folder already holds a run."""
     if (run_dir / CONFIG_FILE).exists():
         raise InputError(
-            f"{run_dir} already holds a run; continue it with `moe resume {run_dir}` or choose another --run-dir"
+            f"{run_dir} already holds a run; continue it with `moe resume {run_dir}` "
+            "or choose another --run-dir"
         )
 
 

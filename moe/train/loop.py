@@ -47,6 +47,7 @@ class Loop:
         config: RunConfig,
         run_dir: Path,
         engine: Engine,
+        *,
         datasets: tuple[TokenDataset, TokenDataset],
         token_bytes_V: torch.Tensor,
         energy: JobEnergy,
@@ -171,7 +172,7 @@ class Loop:
 
     def _save(self) -> None:
         self._read_energy()
-        state = {
+        state: dict[str, Any] = {
             "layout": self.engine.layout.as_dict(),
             "world_size": self.engine.world_size,
             "engine": self.config.engine.name,
@@ -197,6 +198,5 @@ def bits_per_byte(result: EvalResult) -> float:
 
 def progress_from(state: dict[str, Any]) -> Progress:
     """The totals that a checkpoint's state holds."""
-    return Progress(
-        **{key: math.nan if value is None else value for key, value in state["progress"].items()}
-    )
+    values: dict[str, Any] = {k: math.nan if v is None else v for k, v in state["progress"].items()}
+    return Progress(**values)

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 from moe.checkpoint.load import find_checkpoint, load_checkpoint
-from moe.checkpoint.durable import write_atomically
 from moe.config.load import dump_config
 from moe.config.schema import RunConfig
 from moe.data.tokenizer import Tokenizer
+from moe.durable import write_atomically
 from moe.engine.base import Engine
 from moe.errors import MoeError
-from moe.metering.model_shape import model_shape
 from moe.metering.console import ConsoleSink
 from moe.metering.flops import flops_per_token, params_active
 from moe.metering.jsonl import METRICS_FILE, read_step_log
+from moe.metering.model_shape import model_shape
 from moe.metering.report import Layout, Report, write_report
 from moe.metering.sinks import JsonlSink, Sink, WandbSink
 from moe.ranks import on_rank0
@@ -80,7 +80,16 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
     energy = JobEnergy(config.energy, engine.torch_device)
     sinks = _open_sinks(config, run_dir, energy, progress, note) if engine.rank == 0 else []
     token_bytes_V = torch.from_numpy(tokenizer.token_bytes())
-    loop = Loop(config, run_dir, engine, datasets, token_bytes_V, energy, sinks, progress)
+    loop = Loop(
+        config,
+        run_dir,
+        engine,
+        datasets=datasets,
+        token_bytes_V=token_bytes_V,
+        energy=energy,
+        sinks=sinks,
+        progress=progress,
+    )
     report: Report | None = None
     for sink in sinks:
         sink.start(config.model_dump(mode="json"), config.train.steps)
@@ -108,7 +117,7 @@ def _make_engine(config: RunConfig) -> Engine:
 
 def _seed_everything(config: RunConfig) -> None:
     random.seed(config.run.seed)
-    np.random.seed(config.run.seed)  # noqa: NPY002 - seeds what libraries draw from the global generator
+    np.random.seed(config.run.seed)  # what libraries draw from the global generator
     torch.manual_seed(config.run.seed)
     torch.use_deterministic_algorithms(config.run.deterministic)
 
@@ -117,7 +126,7 @@ def _open_folder(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
     if not resume:
         refuse_existing(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / CONFIG_FILE, dump_config(config).encode())
+    write_atomically(run_dir / CONFIG_FILE, dump_config(config))
 
 
 def _restore(engine: Engine, run_dir: Path, note: Note) -> Progress:

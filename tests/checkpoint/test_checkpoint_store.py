@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import os
 import resource
 from pathlib import Path
 
 import pytest
 
-from moe.checkpoint.durable import require_free_space, write_atomically
 from moe.checkpoint.manifest import MANIFEST_NAME, commit_manifest, hash_files, verify
 from moe.checkpoint.store import (
     apply_retention,
@@ -17,6 +15,7 @@ from moe.checkpoint.store import (
     newest_valid,
     quarantine,
 )
+from moe.durable import require_free_space, write_atomically
 from moe.errors import CorruptCheckpointError, InputError
 
 
@@ -132,7 +131,7 @@ def test_free_space_is_checked_before_a_save(tmp_path: Path) -> None:
     missing = tmp_path / "not" / "yet"
     require_free_space(missing, 1)
     with pytest.raises(
-        InputError, match=r"no space .*not/yet.* 1,152,921,504,606,846,976 bytes, [\d,]+ are free"
+        InputError, match=r"no space .*not/yet.* 1,152,921,504,606,846,976 bytes are needed, [\d,]+ are free"
     ):
         require_free_space(missing, 2**60)
 
@@ -172,10 +171,10 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, fork, wait) -> None:
 
 
 def test_a_write_that_fails_for_another_reason_names_the_path(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot store .*absent/file: No such file") as caught:
-        write_atomically(tmp_path / "absent" / "file", b"x")
-    assert isinstance(caught.value.__cause__, OSError)
     (tmp_path / "root").touch()
+    with pytest.raises(InputError, match=r"cannot store .*root/file: ") as caught:
+        write_atomically(tmp_path / "root" / "file", b"x")
+    assert isinstance(caught.value.__cause__, OSError)
     with pytest.raises(InputError, match="cannot store"):
         begin(tmp_path / "root", 1)
-    assert os.listdir(tmp_path) == ["root"]  # noqa: PTH208
+    assert names(tmp_path) == ["root"]
