@@ -148,6 +148,9 @@ def _launch(arguments: list[str], *, num_ranks: int) -> None:
 
 
 def _run(config: Any, run_dir: Path, *, resume: bool) -> None:
+    from moe.quiet import quiet_third_party
+
+    quiet_third_party()
     from moe.ranks import explain_lost_rank
     from moe.train.run import RunOptions, run_job
 

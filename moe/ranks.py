@@ -87,10 +87,10 @@ def explain_lost_rank(error: Exception) -> str | None:
     is_distributed = isinstance(error, dist.DistError) or "gloo" in str(error)
     if not is_distributed or not any(word in str(error) for word in _LOST_WORDS):
         return None
-    first_line = str(error).strip().splitlines()[0]
+    reason = str(error).strip().splitlines()[0].partition(" This is typically")[0].rstrip(".")
     return (
         f"rank {os.environ.get('RANK', '0')} lost contact with another rank{_missing_siblings()}: "
-        f"{first_line}. "
+        f"{reason}. "
         "Continue from the newest checkpoint with `moe resume`"
     )
 

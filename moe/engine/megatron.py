@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
@@ -26,25 +35,9 @@ from moe.engine.base import Batch, EvalResult, Layout, StepResult, TrainingDiver
 from moe.engine.without_cuda import without_cuda
 from moe.errors import InputError
 from moe.layer import updated_bias
-
-with warnings.catch_warnings():
-    # Transformer Engine and Apex are optional and absent; Megatron says so a dozen times.
-    warnings.simplefilter("ignore")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
-
-    from moe.model.build import DTYPES, SHARDED_METADATA, build_model
-    from moe.model.moe_adapter import MoEAdapter
+from moe.model.build import DTYPES, SHARDED_METADATA, build_model
+from moe.model.init import global_sizes
+from moe.model.moe_adapter import MoEAdapter
 
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -62,8 +55,6 @@ class MegatronEngine:
         """
         self.config = config
         self._undo = contextlib.ExitStack()
-        self._undo.enter_context(warnings.catch_warnings())
-        _silence_third_party()
         self._undo.enter_context(without_cuda())
         self.torch_device = _choose_device(config.engine.device)
         self._join(config)
@@ -134,8 +125,6 @@ class MegatronEngine:
 
     def _count_parameters(self) -> int:
         """Parameters of the whole model: global shapes of this stage's tensors, each key once."""
-        from moe.model.init import global_sizes
-
         sizes = global_sizes(self.model.sharded_state_dict(metadata=SHARDED_METADATA))
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, sizes)
@@ -256,26 +245,15 @@ class MegatronEngine:
 
     def load_shards(self, directory: Path, step: int) -> None:
         """See Engine."""
-        self._create_moments(step)
+        moments = [state for optimizer in self._optimizers() for state in _create_moments(optimizer)]
         loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))
         self.model.load_state_dict(loaded["model"])
         for index, optimizer in enumerate(self._optimizers()):
             optimizer.load_parameter_state_from_fully_reshardable(loaded["optimizer"][str(index)])
-
-    def _create_moments(self, step: int) -> None:
-        """torch.optim.AdamW makes its state at the first step; Megatron's loader wants it to exist.
-
-        `step` counts updates for Adam's bias correction. torch keeps it beside each parameter, not in the
-        group where Megatron's own state dict looks for it, so it travels in our manifest instead.
-        """
-        for optimizer in self._optimizers():
-            for group in optimizer.optimizer.param_groups:
-                for parameter in group["params"]:
-                    optimizer.optimizer.state[parameter] = {
-                        "step": torch.tensor(float(step)),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+        # Updates so far, for Adam's bias correction. torch keeps them beside each parameter, not in the group
+        # where Megatron's own state dict looks for them, so they travel in our manifest instead.
+        for state in moments:
+            state["step"] = torch.tensor(float(step))
 
     def rng_state(self) -> dict[str, Tensor]:
         """See Engine."""
@@ -302,18 +280,23 @@ class MegatronEngine:
         self._undo.close()
 
 
+def _create_moments(optimizer: DistributedOptimizer) -> list[dict[str, Tensor]]:
+    """Make the state that torch.optim.AdamW makes at its first step: Megatron loads into what exists."""
+    adam = optimizer.optimizer
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            adam.state[parameter] = {
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return [adam.state[parameter] for group in adam.param_groups for parameter in group["params"]]
+
+
 def _token_loss(mask_BS: Tensor, labels_BS: Tensor, nll_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss of a micro-batch, and what evaluation sums; cloned, for the schedule divides it in place."""
     nll = (nll_BS.float() * mask_BS).sum()
     loss = nll / mask_BS.sum().clamp(min=1)
     return loss, {"loss": loss.detach().clone(), "nll": nll.detach(), "mask": mask_BS, "labels": labels_BS}
-
-
-def _silence_third_party() -> None:
-    """Advice on options that we set on purpose, and on torch names that Megatron still uses."""
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
-    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
 
 
 def _choose_device(name: str) -> torch.device:

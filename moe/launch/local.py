@@ -64,7 +64,8 @@ def launch_local(module: str, arguments: Sequence[str], *, num_ranks: int) -> No
 
 def _cause(exit_codes: Mapping[int, int], pids: Mapping[int, int]) -> MoeError:
     """The failure that explains the others: a killed rank, else a rank's own error, else a lost one."""
-    killed = [rank for rank, code in exit_codes.items() if code < 0]
+    # SIGTERM is what the others get when one has failed.
+    killed = [rank for rank, code in exit_codes.items() if code < 0 and code != -signal.SIGTERM]
     if killed:
         rank = killed[0]
         name = signal.Signals(-exit_codes[rank]).name
@@ -72,7 +73,7 @@ def _cause(exit_codes: Mapping[int, int], pids: Mapping[int, int]) -> MoeError:
             f"rank {rank} (process {pids[rank]}) was killed by {name}; the other ranks were ended. "
             "Continue from the newest checkpoint with `moe resume`"
         )
-    own = [rank for rank, code in exit_codes.items() if code != RankLostError.exit_code]
+    own = [rank for rank, code in exit_codes.items() if code > 0 and code != RankLostError.exit_code]
     rank = min(own or exit_codes)
     return RankFailedError(rank, exit_codes[rank])
 
