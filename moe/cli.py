@@ -8,51 +8,88 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe import __version__
 from moe.errors import InputError, MoeError, RankLostError
 
-EPILOG = "Exit codes: 0 done, 1 anything else, 2 bad input or config, 3 corrupt data or checkpoint, 4 a rank was lost."
+if TYPE_CHECKING:
+    from moe.config import RunConfig
+
+_EXIT_CODES = """\
+Exit codes:
+  0  done
+  1  anything else
+  2  bad input or config
+  3  corrupt data or checkpoint
+  4  a rank was lost"""
+
+
+def _epilog(example: str) -> str:
+    # A paragraph that begins with "\b" keeps its lines; others are filled.
+    return f"\b\nExample:\n  {example}\n\n\b\n{_EXIT_CODES}"
+
 
 app = typer.Typer(
-    help="Train sparse Mixture-of-Experts models, with tokens per joule measured.",
-    epilog=EPILOG,
+    epilog=_epilog("moe train configs/quickstart.yaml"),
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Prepare and fetch training text.", no_args_is_help=True, epilog=EPILOG)
+data_app = typer.Typer(
+    help="Prepare and fetch training text.",
+    epilog=_epilog("moe data prepare --input corpus/ --tokenizer bytes --out data/corpus"),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(data_app, name="data")
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example optim.lr=3e-4.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, for example optim.lr=3e-4.")
 ]
-Nproc = Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")]
+RunDir = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a run.")]
 
 
-def _example(text: str) -> str:
-    return f"Example: {text}    {EPILOG}"
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moe {__version__}")
+        raise typer.Exit
 
 
-@app.command(epilog=_example("moe train configs/quickstart.yaml optim.lr=3e-4 --nproc 4 parallel.tp=2"))
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Train sparse Mixture-of-Experts models, with tokens per joule measured."""
+
+
+@app.command(epilog=_epilog("moe train configs/quickstart.yaml optim.lr=3e-4 --nproc 4 parallel.tp=2"))
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML recipe; see configs/.")],
     overrides: Overrides = None,
-    nproc: Nproc = 1,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the run; by default run.root/run.name.")
+        Path | None, typer.Option(file_okay=False, help="Folder of the run; by default run.root/run.name.")
     ] = None,
 ) -> None:
-    """Train a model; under torchrun each process is a rank, otherwise --nproc ranks are started here."""
+    """Train a model.
+
+    Starts --nproc ranks on this machine; under torchrun, this process is one of the ranks.
+    """
     from moe.config import load_config
-    from moe.train.folder import choose_run_dir
+    from moe.train.folder import choose_run_dir, refuse_existing
 
     world_size = _world_size(nproc)
     resolved = load_config(config, overrides or [], world_size=world_size)
     folder = choose_run_dir(resolved, run_dir, under_torchrun=_under_torchrun())
+    if not _under_torchrun():
+        refuse_existing(folder)  # before any process starts; under torchrun rank 0 looks
     if world_size > 1 and not _under_torchrun():
         argv = ["train", str(config), *(overrides or []), "--run-dir", str(folder)]
         _launch(argv, num_ranks=nproc)
@@ -60,19 +97,23 @@ def train(
         _run(resolved, folder, resume=False)
 
 
-@app.command(epilog=_example("moe resume runs/quickstart train.steps=600 --nproc 2 parallel.ep=2"))
+@app.command(epilog=_epilog("moe resume runs/quickstart train.steps=600 --nproc 2 parallel.ep=2"))
 def resume(
-    run_dir: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    run_dir: RunDir,
     overrides: Overrides = None,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Ranks to start; by default as many as wrote the checkpoint.")
     ] = None,
 ) -> None:
-    """Continue a run from its newest intact checkpoint, in the same layout or another."""
+    """Continue a run.
+
+    Starts from its newest intact checkpoint, in the same layout or another.
+    """
     from moe.config import load_config
     from moe.train.folder import check_unchanged, ranks_of_newest
 
-    num_ranks = nproc or ranks_of_newest(run_dir)
+    wrote = ranks_of_newest(run_dir)  # in any case: without a checkpoint there is nothing to start
+    num_ranks = nproc or wrote
     world_size = _world_size(num_ranks)
     resolved = load_config(run_dir / "config.yaml", overrides or [], world_size=world_size)
     check_unchanged(run_dir, resolved)
@@ -82,26 +123,30 @@ def resume(
         _run(resolved, run_dir, resume=True)
 
 
-@app.command(epilog=_example("moe verify runs/quickstart/checkpoints/step_00000300"))
-def verify(checkpoint: Annotated[Path, typer.Argument(help="A step_NNNNNNNN folder.")]) -> None:
-    """Check every bit of a checkpoint against its manifest."""
+@app.command(epilog=_epilog("moe verify runs/quickstart/checkpoints/step_00000300"))
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A step_NNNNNNNN folder.")],
+) -> None:
+    """Check every bit of a checkpoint."""
     from moe.checkpoint.manifest import verify as verify_files
 
     manifest = verify_files(checkpoint, workers=os.cpu_count() or 1)
     size_bytes = sum(entry.size_bytes for entry in manifest.files)
-    typer.echo(f"{checkpoint}: step {manifest.step}, {len(manifest.files)} files, {size_bytes:,} bytes, intact")
+    typer.echo(
+        f"{checkpoint}: step {manifest.step}, {len(manifest.files)} files, {size_bytes:,} bytes, intact"
+    )
 
 
-@app.command(epilog=_example("moe plot runs/quickstart"))
-def plot(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
-    """Draw loss, expert load and power of a run into its plots/ folder."""
+@app.command(epilog=_epilog("moe plot runs/quickstart"))
+def plot(run_dir: RunDir) -> None:
+    """Draw loss, expert load and power of a run."""
     from moe.metering.plots import plot_run
 
     for path in plot_run(run_dir):
         typer.echo(str(path))
 
 
-@data_app.command(epilog=_example("moe data prepare --input corpus/ --tokenizer bytes --out data/corpus"))
+@data_app.command(epilog=_epilog("moe data prepare --input corpus/ --tokenizer bytes --out data/corpus"))
 def prepare(
     inputs: Annotated[
         list[Path], typer.Option("--input", help="A text or JSONL file, or a directory; may be repeated.")
@@ -115,15 +160,20 @@ def prepare(
     from moe.data.tokenizer import Tokenizer
 
     report = prepare_files(inputs, Tokenizer.load(tokenizer), out, json_key=json_key, on_progress=_note)
-    typer.echo(f"{out}: {report.documents:,} documents, {report.tokens:,} tokens, {report.bytes:,} bytes of text")
+    typer.echo(
+        f"{out}: {report.documents:,} documents, {report.tokens:,} tokens, {report.bytes:,} bytes of text"
+    )
 
 
-@data_app.command(epilog=_example("moe data fetch handbook --out data/handbook"))
+@data_app.command(epilog=_epilog("moe data fetch handbook --out data/handbook"))
 def fetch(
     corpus: Annotated[str, typer.Argument(help="handbook: Japanese and English manuals of Debian.")],
     out: Annotated[Path, typer.Option(help="Directory to write to.")],
 ) -> None:
-    """Fetch a known corpus over the network; the only verb that downloads anything."""
+    """Fetch a known corpus.
+
+    The only verb that uses the network.
+    """
     from moe.data.fetch_handbook import fetch_handbook
 
     if corpus != "handbook":
@@ -138,7 +188,15 @@ def _under_torchrun() -> bool:
 
 
 def _world_size(nproc: int) -> int:
-    return int(os.environ["WORLD_SIZE"]) if _under_torchrun() else nproc
+    if not _under_torchrun():
+        return nproc
+    world_size = os.environ.get("WORLD_SIZE", "")
+    if not world_size.isdecimal() or int(world_size) < 1:
+        raise InputError(
+            f"RANK is set, as torchrun does, but WORLD_SIZE={world_size!r} is no number of ranks; "
+            "start with torchrun, or unset RANK and use --nproc"
+        )
+    return int(world_size)
 
 
 def _launch(arguments: list[str], *, num_ranks: int) -> None:
@@ -147,7 +205,7 @@ def _launch(arguments: list[str], *, num_ranks: int) -> None:
     launch_local("moe", arguments, num_ranks=num_ranks)
 
 
-def _run(config: Any, run_dir: Path, *, resume: bool) -> None:
+def _run(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
     from moe.quiet import quiet_third_party
 
     quiet_third_party()
@@ -173,14 +231,14 @@ def _note(text: str) -> None:
 def main() -> None:
     """Entry point: an error that a user can act on is one message and its documented exit code."""
     try:
-        app()
+        app(prog_name="moe")
     except MoeError as error:
-        # In a job every rank raises the same error; one of them says it. A lost rank is said by all who notice.
+        # In a job every rank raises the same error; one says it. A lost rank is said by all who notice.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankLostError):
             typer.echo(f"error: {error}", err=True)
         sys.stdout.flush()
         sys.stderr.flush()
-        # After a lost rank the process groups cannot be left in order, so the interpreter's teardown may hang.
+        # After a lost rank the process groups cannot be left in order; the interpreter's teardown may hang.
         if isinstance(error, RankLostError) and _under_torchrun():
             os._exit(error.exit_code)
         sys.exit(error.exit_code)

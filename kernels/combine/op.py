@@ -44,13 +44,16 @@ def combine(y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, inverse_N: Tensor
         inverse_N: row of each pair, likewise.
 
     Raises:
-        ValueError: if the lengths do not fit.
+        ValueError: if the lengths do not fit, or weights are coarser than fp32.
     """
     T, K = weights_TK.shape
     _check(order_N, inverse_N, T * K)
+    if weights_TK.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"weights must be fp32, as topk_route gives them, got {weights_TK.dtype}")
     # The same Function with K = 1: a permutation whose gradient is a gather too.
     y_NKD = permute(y_ND, inverse_N, order_N, 1).unflatten(0, (T, K))
-    y_TD: Tensor = (y_NKD.float() * weights_TK.unsqueeze(-1)).sum(dim=1)
+    # fp32 weights widen bf16 rows as they are multiplied; float64 stays float64.
+    y_TD: Tensor = (y_NKD * weights_TK.unsqueeze(-1)).sum(dim=1)
     return y_TD.to(y_ND.dtype)
 
 

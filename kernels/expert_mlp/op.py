@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALIGNMENT_BYTES = 16  # a grouped GEMM loads whole vectors: each row of an operand starts at a multiple
+
 
 def expert_mlp(x_RD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, ends_e: Tensor) -> Tensor:
     """down(silu(gate(x)) * up(x)) with each row's expert.
@@ -24,7 +27,7 @@ def expert_mlp(x_RD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, ends_e: 
         y_RD.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit together.
+        ValueError: for shapes or dtypes that do not fit together, or rows that are not multiples of 16 bytes.
     """
     _check(x_RD, w_gate_up_eGD, w_down_eDF, ends_e)
     h_RG = F.grouped_mm(x_RD, w_gate_up_eGD.transpose(1, 2), offs=ends_e)
@@ -51,4 +54,12 @@ def _check(x_RD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, ends_e: Tens
     if not x_RD.dtype == w_gate_up_eGD.dtype == w_down_eDF.dtype:
         raise ValueError(
             f"one dtype is needed, got x {x_RD.dtype}, gate_up {w_gate_up_eGD.dtype}, down {w_down_eDF.dtype}"
+        )
+    if x_RD.dtype not in DTYPES:
+        raise ValueError(f"dtype {x_RD.dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}")
+    multiple = ALIGNMENT_BYTES // x_RD.element_size()
+    if D % multiple or w_down_eDF.shape[2] % multiple:
+        raise ValueError(
+            f"model size {D} and expert hidden size {w_down_eDF.shape[2]} must be multiples of {multiple} in "
+            f"{x_RD.dtype} ({ALIGNMENT_BYTES} bytes)"
         )

@@ -1,7 +1,7 @@
 """The one typed description of a run: what a YAML recipe or a dotted override may say.
 
 Every section is frozen and refuses unknown keys. Rules that join several keys (ep divides num_experts, ...)
-are in rules.py; reading files and reporting errors is in load.py. A default states its reason.
+are in rules.py, reading files in tree.py, reporting errors in load.py. A default states its reason.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+# A larger count is a slip of the keyboard, which had better not meet a loop or a C integer.
+_MOST = 10**12
+
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+CountOrZero = Annotated[int, Field(ge=0, le=_MOST)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -29,7 +32,7 @@ class RunSection(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     root: Path = Path("runs")
-    seed: CountOrZero = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234  # the width of numpy's seed
     deterministic: bool = False  # torch.use_deterministic_algorithms; costs speed on a GPU
 
 
@@ -142,7 +145,8 @@ class EngineSection(Section):
 
     name: Literal["megatron"] = "megatron"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    timeout_s: Positive = 600.0  # a collective that waits longer ends the run
+    # A collective that waits longer ends the run; at most a month.
+    timeout_s: Annotated[float, Field(gt=0, le=2_678_400)] = 600.0
 
 
 class CheckpointSection(Section):
@@ -156,8 +160,8 @@ class EnergySection(Section):
     """How energy is read; an estimate is always called one."""
 
     meter: Literal["auto", "nvml", "rapl", "estimate"] = "auto"
-    # The model of an estimate: idle_w + (full_w - idle_w) * busy share of each logical CPU. Defaults: averages of
-    # server CPUs that Cloud Carbon Footprint derives from SPECpower results; moe.metering.estimate has the source.
+    # The model of an estimate: idle_w + (full_w - idle_w) * busy share, for each logical CPU. Defaults:
+    # averages of server CPUs that Cloud Carbon Footprint derives from SPECpower; see metering/estimate.py.
     idle_w_per_cpu: NonNegative = 0.74
     full_w_per_cpu: NonNegative = 3.5
     gpu_w: NonNegative = 0.0  # per GPU, where NVML is absent; their power limit is an upper bound

@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_par
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from moe.checkpoint.shard_writer import InProcessShardWriter
 from moe.config.schema import RunConfig
 from moe.engine.base import Batch, EvalResult, Layout, StepResult, TrainingDivergedError
 from moe.engine.without_cuda import without_cuda
@@ -225,7 +226,9 @@ class MegatronEngine:
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        model_state = self.model.sharded_state_dict(metadata=SHARDED_METADATA)
+        whole_state = self.model.sharded_state_dict(metadata=SHARDED_METADATA)
+        # Megatron's linears add an empty object each, which would be the only pickles among the shards.
+        model_state = {key: value for key, value in whole_state.items() if not key.endswith("_extra_state")}
         optimizer_state = {
             str(index): optimizer.sharded_param_state_fully_reshardable(
                 model_state, is_loading, metadata=OPTIMIZER_METADATA
@@ -236,7 +239,8 @@ class MegatronEngine:
 
     def save_shards(self, directory: Path) -> None:
         """See Engine; Megatron's dist_checkpointing, fully reshardable."""
-        dist_checkpointing.save(self._sharded_state(is_loading=False), str(directory))
+        state = self._sharded_state(is_loading=False)
+        dist_checkpointing.save(state, str(directory), InProcessShardWriter())
 
     def shard_files(self, directory: Path) -> list[str]:
         """See Engine; rank 0 also writes the descriptions."""

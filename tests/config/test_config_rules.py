@@ -1,0 +1,154 @@
+"""Every rule that joins keys: what breaks it, and that the message names the values and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe.config import rules
+
+BLENDS = ("data.train=[{prefix: a}]", "data.heldout=[{prefix: b}]")
+
+# (overrides, ranks, what the one problem must say)
+BROKEN = {
+    "context parallelism": (["parallel.cp=2"], 2, ["parallel.cp=2", "allowed: 1"]),
+    "world": (["parallel.tp=2", "parallel.pp=2"], 6, ["6 rank(s)", "2*2*1 = 4", "--nproc", "multiple of 4"]),
+    "ep and ranks": (["parallel.ep=8"], 4, ["parallel.ep=8", "4 rank(s)", "allowed: 1, 2, 4"]),
+    "ep and experts": (
+        ["parallel.ep=4", "model.num_experts=6"],
+        4,
+        ["parallel.ep=4", "model.num_experts=6", "allowed: 1, 2, 3, 6"],
+    ),
+    "pp and layers": (
+        ["parallel.pp=2", "model.num_layers=5"],
+        2,
+        ["parallel.pp=2", "model.num_layers=5", "allowed: 1, 5"],
+    ),
+    "tp and heads": (
+        ["parallel.tp=2", "model.attention.num_heads=3", "model.attention.num_query_groups=0"],
+        2,
+        ["parallel.tp=2", "model.attention.num_heads=3", "allowed: 1, 3"],
+    ),
+    "tp and ffn": (
+        ["parallel.tp=2", "model.ffn_hidden_size=25"],
+        2,
+        ["model.ffn_hidden_size=25", "allowed: 1, 5, 25"],
+    ),
+    "tp and shared expert": (
+        ["parallel.tp=2", "model.shared_expert_hidden_size=9"],
+        2,
+        ["model.shared_expert_hidden_size=9", "allowed: 1, 3, 9"],
+    ),
+    "tp and vocabulary": (
+        ["parallel.tp=2", "model.vocab_size=513"],
+        2,
+        ["model.vocab_size=513", "allowed: 1, 3"],
+    ),
+    "tp and sequence": (["parallel.tp=2", "data.seq_length=65"], 2, ["data.seq_length=65", "allowed: 1, 5"]),
+    "tp and query groups": (
+        ["parallel.tp=4"],
+        4,
+        ["parallel.tp=4", "model.attention.num_query_groups=2", "allowed: 1, 2"],
+    ),
+    "query groups and heads": (
+        ["model.attention.num_query_groups=3"],
+        1,
+        ["num_query_groups=3", "num_heads=4", "allowed: 1, 2, 4", "or 0"],
+    ),
+    "top-k": (["model.top_k=9"], 1, ["model.top_k=9", "model.num_experts=8"]),
+    "dense layers": (
+        ["model.num_dense_layers=4"],
+        1,
+        ["num_dense_layers=4", "num_layers=4", "allowed: 0 to 3"],
+    ),
+    "score order": (
+        ["model.router.score=sigmoid", "model.router.score_before_topk=false"],
+        1,
+        ["score=sigmoid", "set it to true"],
+    ),
+    "batch": (["train.global_batch_size=10"], 2, ["global_batch_size=10", "2*2 = 4", "use for example 8"]),
+    "eval batch": (["train.eval_sequences=1"], 2, ["eval_sequences=1", "2*2 = 4", "use for example 4"]),
+    "learning rates": (["optim.min_lr=1e-2"], 1, ["optim.min_lr=0.01", "optim.lr=0.001", "lower"]),
+    "warm-up": (
+        ["optim.warmup_steps=5", "optim.decay_steps=5"],
+        1,
+        ["warmup_steps=5", "decay_steps=5", "lower"],
+    ),
+    "held-out alone": (["data.heldout=[{prefix: b}]"], 1, ["data.train and data.heldout", "together"]),
+    "train alone": (["data.train=[{prefix: a}]", "data.tokenizer=bytes"], 1, ["data.heldout", "together"]),
+    "default tokenizer for a blend": ([*BLENDS], 1, ["data.tokenizer", "tokenizer.json"]),
+    "tokenizer without a blend": (
+        ["data.tokenizer=bytes"],
+        1,
+        ["data.tokenizer=bytes", "data.train", "moe data prepare"],
+    ),
+    "power": (
+        ["energy.full_w_per_cpu=0.5"],
+        1,
+        ["full_w_per_cpu=0.5", "idle_w_per_cpu=0.74"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN.values(), ids=BROKEN)
+def test_broken_rule_is_the_one_problem_and_says_what_to_do(problems, case):
+    overrides, world_size, words = case
+    found = problems(*overrides, world_size=world_size)
+    assert len(found) == 1, found
+    for word in words:
+        assert word in found[0]
+
+
+@pytest.mark.parametrize("removed", rules.RULES, ids=lambda rule: " ".join(rule.keys))
+def test_no_rule_can_be_removed_unnoticed(problems, monkeypatch, removed):
+    monkeypatch.setattr(rules, "RULES", [rule for rule in rules.RULES if rule is not removed])
+    unnoticed = [problems(*overrides, world_size=ranks) for overrides, ranks, _ in BROKEN.values()]
+    assert () in unnoticed
+
+
+SOUND_LAYOUTS = [
+    (["parallel.tp=2", "parallel.ep=2"], 4),
+    (["parallel.pp=2", "parallel.ep=2"], 4),
+    (["parallel.pp=4", "parallel.tp=2", "parallel.ep=2"], 8),
+    (["parallel.ep=4"], 4),
+    (["parallel.tp=4", "model.attention.num_query_groups=0"], 4),
+    (["parallel.tp=4", "model.attention.kind=mla"], 4),  # MLA has no query groups
+    ([*BLENDS, "data.tokenizer=bytes"], 1),
+    (["optim.warmup_steps=50"], 1),  # a trial run may end within the warm-up
+    (["model.shared_expert_hidden_size=0", "parallel.tp=2"], 2),
+    (["energy.full_w_per_cpu=0.74"], 1),
+]
+
+
+@pytest.mark.parametrize(("overrides", "world_size"), SOUND_LAYOUTS, ids=lambda value: str(value))
+def test_sound_layout_breaks_no_rule(problems, overrides, world_size):
+    assert problems(*overrides, world_size=world_size) == ()
+
+
+def test_world_size_none_leaves_out_what_depends_on_it(problems):
+    layout = ("parallel.tp=2", "train.global_batch_size=7")
+    assert problems(*layout, world_size=None) == ()
+    assert problems(*layout, "model.ffn_hidden_size=25", world_size=None)[0].endswith("allowed: 1, 5, 25")
+    # With three ranks the batch cannot be judged before the layout fits: one problem, not two.
+    assert len(problems(*layout, world_size=3)) == 1
+
+
+def test_rule_is_reported_where_its_first_written_key_stands(problems, sound_text):
+    (in_the_file,) = problems(text=sound_text.replace("top_k: 2", "top_k: 9"))
+    assert "sound.yaml:11: model.top_k=9 is more than" in in_the_file
+    (overridden,) = problems("model.top_k=9")
+    assert overridden.startswith("override 'model.top_k=9': model.top_k=9 is more than")
+    (joined,) = problems("model.num_experts=1")
+    assert "sound.yaml:11: model.top_k=2 is more than model.num_experts=1" in joined
+    (never_written,) = problems("energy.idle_w_per_cpu=5")
+    assert never_written.startswith("override 'energy.idle_w_per_cpu=5': energy.full_w_per_cpu=3.5 is below")
+
+
+def test_rule_still_speaks_when_other_keys_are_invalid(problems):
+    found = problems("model.hidden_size=none", "model.top_k=9", "optim.lr=-1", "optim.min_lr=5")
+    assert len(found) == 3  # the rule about learning rates waits for a sound optim.lr
+    assert any("model.top_k=9 is more than" in problem for problem in found)
+
+
+def test_huge_sizes_are_answered_at_once(problems):
+    (huge,) = problems("parallel.tp=2", "model.vocab_size=999999999999", world_size=2)
+    assert "allowed: 1, 3" in huge

@@ -1,0 +1,31 @@
+"""Fixtures of the whole suite. Modules beside this file are imported by name (pytest's `pythonpath`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from poison import poisoned_empty
+from ranks_pool import RankPool
+
+
+@pytest.fixture(scope="module")
+def start_ranks() -> Iterator[Callable[..., RankPool]]:
+    """Makes RankPools (same arguments) that live as long as the test file."""
+    pools: list[RankPool] = []
+
+    def start(num_ranks: int, **options: Any) -> RankPool:
+        pools.append(RankPool(num_ranks, **options))
+        return pools[-1]
+
+    yield start
+    for pool in pools:
+        pool.close()
+
+
+@pytest.fixture
+def poison_empty() -> Iterator[None]:
+    """torch.empty holds NaN during the test."""
+    with poisoned_empty():
+        yield

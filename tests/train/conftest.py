@@ -1,0 +1,16 @@
+"""Runs that several tests look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from train_runs import run, train_command
+
+
+@pytest.fixture(scope="session")
+def reference_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps on one rank with checkpoints at 10 and 20; others are compared with it, none may change it."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    run(train_command(run_dir, "train.steps=20", "checkpoint.interval=10"))
+    return run_dir

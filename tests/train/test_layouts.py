@@ -1,0 +1,28 @@
+"""One model, one curve: every layout gives the losses of a single rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from train_runs import losses, metrics, run, train_command
+
+LAYOUTS = {
+    "ep2": (2, ("parallel.ep=2",)),
+    "tp2": (2, ("parallel.tp=2",)),
+    "tp2 ep2": (4, ("parallel.tp=2", "parallel.ep=2")),
+    "pp2 ep2": (4, ("parallel.pp=2", "parallel.ep=2")),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_gives_the_losses_of_one_rank(name: str, reference_run: Path, tmp_path: Path) -> None:
+    nproc, overrides = LAYOUTS[name]
+    run(train_command(tmp_path / "run", "train.steps=20", *overrides, nproc=nproc))
+    expected, found = losses(reference_run), losses(tmp_path / "run")
+    assert len(found) == len(expected) == 20
+    assert found[:5] == pytest.approx(expected[:5], rel=1e-4)
+    assert found == pytest.approx(expected, rel=1e-3)
+    # The gradient norm sees what the loss forgives: a gradient reduced over the wrong ranks, or counted twice.
+    norms = [[record["grad_norm"] for record in metrics(path)] for path in (reference_run, tmp_path / "run")]
+    assert norms[1][:5] == pytest.approx(norms[0][:5], rel=1e-3)

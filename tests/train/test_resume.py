@@ -1,0 +1,154 @@
+"""Losing a rank, resuming, changing the layout, damaged checkpoints: on real runs of the command."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from train_runs import command, environment, losses, metrics, run, train_command
+
+from moe.checkpoint.manifest import verify
+from moe.errors import CorruptCheckpointError
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole: weights, biases, main parameters and moments."""
+    reader = FileSystemReader(checkpoint)
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def assert_bit_equal(found: Path, expected: Path) -> None:
+    a, b = tensors(found), tensors(expected)
+    assert a.keys() == b.keys()
+    differing = [key for key in a if not torch.equal(a[key].view(torch.uint8), b[key].view(torch.uint8))]
+    assert differing == []
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def copy_before_the_end(run_dir: Path, to: Path) -> Path:
+    """The run as it was after its checkpoint at step 10."""
+    shutil.copytree(run_dir, to)
+    shutil.rmtree(step_folder(to, 20))
+    return to
+
+
+def test_checkpoint_holds_weights_biases_and_moments(reference_run: Path) -> None:
+    keys = set(tensors(step_folder(reference_run, 20)))
+    expert = "decoder.layers.1.mlp.layer.experts.w_down_eDF"
+    assert {expert, "decoder.layers.1.mlp.layer.router.bias_E"} <= keys
+    assert {f"optimizer.state.{kind}.{expert}" for kind in ("param", "exp_avg", "exp_avg_sq")} <= keys
+
+
+def test_resume_in_the_same_layout_is_bit_equal(reference_run: Path, tmp_path: Path) -> None:
+    copy = copy_before_the_end(reference_run, tmp_path / "run")
+    output = run(command("resume", str(copy)))
+    assert "at step 10" in output
+    assert losses(copy) == losses(reference_run)
+    assert_bit_equal(step_folder(copy, 20), step_folder(reference_run, 20))
+
+
+@pytest.mark.parametrize(
+    ("nproc", "overrides"),
+    [(2, ["parallel.tp=2"]), (4, ["parallel.pp=2", "parallel.ep=2"])],
+    ids=["to tp2", "to pp2 ep2"],
+)
+def test_resume_in_another_layout_goes_on_with_the_same_losses(
+    nproc: int, overrides: list[str], reference_run: Path, tmp_path: Path
+) -> None:
+    copy = copy_before_the_end(reference_run, tmp_path / "run")
+    output = run(command("resume", str(copy), *overrides, "--nproc", str(nproc)))
+    assert "in another layout" in output
+    assert losses(copy)[10] == pytest.approx(losses(reference_run)[10], rel=1e-6)
+    assert losses(copy) == pytest.approx(losses(reference_run), rel=1e-3)
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline_s = time.monotonic() + 120
+    while time.monotonic() < deadline_s and process.poll() is None:
+        if (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir)) >= step:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"the run did not reach step {step}: {process.communicate()}")
+
+
+def rank_process(launcher: int, rank: int) -> psutil.Process:
+    for child in psutil.Process(launcher).children(recursive=True):
+        if child.environ().get("RANK") == str(rank):
+            return child
+    pytest.fail(f"no process of rank {rank}")
+
+
+def test_killed_rank_is_named_and_resume_is_bit_equal(tmp_path: Path) -> None:
+    overrides = ("train.steps=20", "checkpoint.interval=5", "parallel.ep=2")
+    run(train_command(tmp_path / "whole", *overrides, nproc=2))
+
+    killed = tmp_path / "killed"
+    argv = train_command(killed, *overrides, nproc=2)
+    process = subprocess.Popen(
+        argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_step(killed, 12, process)
+    survivor = rank_process(process.pid, 0)
+    rank_process(process.pid, 1).kill()
+    killed_s = time.monotonic()
+    survivor.wait(timeout=10)
+    output, _ = process.communicate(timeout=10)
+    assert time.monotonic() - killed_s <= 10
+    assert process.returncode == 4
+    assert "rank 1 " in output
+    assert signal.SIGKILL.name in output
+
+    run(command("resume", str(killed)))
+    assert losses(killed) == losses(tmp_path / "whole")
+    assert_bit_equal(step_folder(killed, 20), step_folder(tmp_path / "whole", 20))
+
+
+def flip_one_bit(path: Path, generator: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    path.write_bytes(content)
+
+
+def test_flipped_bit_in_any_file_is_refused_by_name(reference_run: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step_00000020"
+    shutil.copytree(step_folder(reference_run, 20), checkpoint)
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    assert {".metadata", "common.pt", "manifest.json"} <= {path.name for path in files}
+    generator = random.Random(7)
+    for trial in range(50):
+        path = files[trial % len(files)]
+        intact = path.read_bytes()
+        flip_one_bit(path, generator)
+        with pytest.raises(CorruptCheckpointError, match=path.name):
+            verify(checkpoint)
+        path.write_bytes(intact)
+    verify(checkpoint)
+
+
+def test_resume_falls_back_past_a_damaged_checkpoint(reference_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(reference_run, copy)
+    flip_one_bit(step_folder(copy, 20) / "__0_0.distcp", random.Random(1))
+    output = run(command("resume", str(copy)))
+    assert "__0_0.distcp" in output
+    assert "at step 10" in output
+    assert_bit_equal(step_folder(copy, 20), step_folder(reference_run, 20))
+    run(command("verify", str(step_folder(copy, 20))))

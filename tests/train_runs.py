@@ -1,0 +1,72 @@
+"""Small real runs through the command, as a user starts them; imported by tests as train_runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+
+# The quick start's model, smaller: every kind of layer, more experts than ranks.
+TINY = (
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=128",
+    "model.num_experts=8",
+    "model.expert_hidden_size=32",
+    "model.shared_expert_hidden_size=32",
+    "model.attention.num_heads=4",
+    "model.attention.head_dim=16",
+    "data.seq_length=64",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+    "train.eval_sequences=16",
+    "train.eval_interval=0",
+    "train.log_interval=1",
+    "optim.lr=1e-3",
+    "optim.warmup_steps=4",
+    "optim.decay_steps=40",
+    "tracking.wandb=disabled",
+)
+
+
+def environment() -> dict[str, str]:
+    """What a shell has, less what an outer job would add; one thread a rank on two shared cores."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))
+    }
+    return kept | {"OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments: str) -> list[str]:
+    """Argv of the command `moe`."""
+    return [sys.executable, "-m", "moe", *arguments]
+
+
+def train_command(run_dir: Path, *overrides: str, nproc: int = 1) -> list[str]:
+    """Argv of a tiny run into run_dir."""
+    config = str(REPOSITORY / "configs" / "quickstart.yaml")
+    return command("train", config, *TINY, *overrides, "--nproc", str(nproc), "--run-dir", str(run_dir))
+
+
+def run(argv: list[str], *, expect: int = 0) -> str:
+    """Run to the end; stdout and stderr together. Fails with that output on another exit code."""
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    output = done.stdout + done.stderr
+    assert done.returncode == expect, f"{argv} ended with {done.returncode}:\n{output[-4000:]}"
+    return output
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Training loss of every step."""
+    return [record["loss"] for record in metrics(run_dir)]
