@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
@@ -95,7 +96,8 @@ class RankPool:
         store = _open_store()
         job = _describe(function, args, num_ranks, store.port, timeout_s)
         for _, pipe in self._ranks[:num_ranks]:
-            pipe.send(job)
+            with suppress(BrokenPipeError):  # it has ended since the last run; _collect says so
+                pipe.send(job)
         return self._collect(num_ranks, timeout_s)
 
     def close(self) -> None:

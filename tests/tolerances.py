@@ -17,13 +17,22 @@ TOLERANCES = {
     torch.float64: 1e-13,
     # u = 6.0e-8. The same sums, 1e-6, with room for another exp; one bf16 rounding is wrong by 2e-3.
     torch.float32: 5e-6,
-    # u = 2.0e-3. A gradient through the experts is rounded about six times between exact sums in fp32, and
-    # roundings that all fall the same way add up: 6 u.
-    torch.bfloat16: 1.2e-2,
+    # u = 2.0e-3. A gradient through the experts is rounded about six times between sums in fp32, and all may
+    # fall the same way: 1.1e-2 was seen, 10 u is allowed.
+    torch.bfloat16: 2e-2,
+    # u = 4.9e-4, and 10 u for the same reason.
+    torch.float16: 5e-3,
 }
 
 
-def assert_close(name: str, actual: Tensor, expected: Tensor, *, dtype: torch.dtype | None = None) -> None:
+def assert_close(
+    name: str,
+    actual: Tensor,
+    expected: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    scale: float | None = None,
+) -> None:
     """Fail unless actual is expected within the table's tolerance; NaN is never close.
 
     Args:
@@ -31,13 +40,15 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, *, dtype: torch.dt
         actual: any dtype.
         expected: of the same shape; usually in higher precision.
         dtype: the row of the table, if something was computed in a coarser dtype than actual has.
+        scale: size of the terms, where they cancel to nothing; by default the largest value expected.
     """
     tolerance = TOLERANCES[dtype or actual.dtype]
-    largest = float(expected.detach().abs().max()) if expected.numel() else 0.0
+    if scale is None:
+        scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(
         actual.detach().double(),
         expected.detach().double(),
         rtol=0,
-        atol=tolerance * largest,
-        msg=lambda text: f"{name} ({actual.dtype}, tolerance {tolerance} of {largest:.3g}): {text}",
+        atol=tolerance * scale,
+        msg=lambda text: f"{name} ({actual.dtype}, tolerance {tolerance} of {scale:.3g}): {text}",
     )

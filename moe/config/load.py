@@ -112,7 +112,8 @@ def _suggest(loc: Sequence[str | int]) -> str:
     section = ".".join(parents)
     every = list(_known_keys(RunConfig))
     siblings = [key for key in every if key.rpartition(".")[0] == section]
-    near = [key for key in every if _name(key) == leaf] or _alike(leaf, siblings) or _alike(leaf, every)
+    same = [key for key in every if _name(key) == leaf]
+    near = same or _alike(leaf, siblings, least=0.5) or _alike(leaf, every, least=0.6)
     if near:
         return f"; did you mean {' or '.join(near)}?"
     return f"; {section or 'a config'} takes {', '.join(map(_name, siblings))}"
@@ -122,9 +123,9 @@ def _name(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _alike(leaf: str, keys: Sequence[str]) -> list[str]:
-    """The keys whose name is spelled most like the leaf, none if all are far off."""
-    names = difflib.get_close_matches(leaf, {_name(key) for key in keys}, n=1)
+def _alike(leaf: str, keys: Sequence[str], *, least: float) -> list[str]:
+    """The keys whose name is spelled most like the leaf; none if all are less alike than `least`, of 1."""
+    names = difflib.get_close_matches(leaf, {_name(key) for key in keys}, n=1, cutoff=least)
     return [key for key in keys if _name(key) in names]
 
 

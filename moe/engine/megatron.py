@@ -36,7 +36,7 @@ from moe.engine.base import Batch, EvalResult, Layout, StepResult, TrainingDiver
 from moe.engine.without_cuda import without_cuda
 from moe.errors import InputError
 from moe.layer import updated_bias
-from moe.model.build import DTYPES, SHARDED_METADATA, build_model
+from moe.model.build import DTYPES, build_model, sharded_state
 from moe.model.init import global_sizes
 from moe.model.moe_adapter import MoEAdapter
 
@@ -126,7 +126,7 @@ class MegatronEngine:
 
     def _count_parameters(self) -> int:
         """Parameters of the whole model: global shapes of this stage's tensors, each key once."""
-        sizes = global_sizes(self.model.sharded_state_dict(metadata=SHARDED_METADATA))
+        sizes = global_sizes(sharded_state(self.model))
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, sizes)
         return sum({key: size for part in gathered for key, size in part.items()}.values())
@@ -226,9 +226,7 @@ class MegatronEngine:
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        whole_state = self.model.sharded_state_dict(metadata=SHARDED_METADATA)
-        # Megatron's linears add an empty object each, which would be the only pickles among the shards.
-        model_state = {key: value for key, value in whole_state.items() if not key.endswith("_extra_state")}
+        model_state = sharded_state(self.model)
         optimizer_state = {
             str(index): optimizer.sharded_param_state_fully_reshardable(
                 model_state, is_loading, metadata=OPTIMIZER_METADATA

@@ -11,14 +11,24 @@ from torch import Tensor
 
 from moe.layer.types import Losses, Routing
 
+AUX_LOSSES = ("none", "sequence", "batch")
+
 
 @dataclass(frozen=True)
 class BalanceSettings:
-    """Which losses, over which scope, how strong."""
+    """Which losses, over which scope, how strong.
 
-    aux_loss: str = "sequence"  # none | sequence | batch
+    Raises:
+        ValueError: if aux_loss is none of AUX_LOSSES.
+    """
+
+    aux_loss: str = "sequence"
     aux_loss_coeff: float = 0.0
     z_loss_coeff: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.aux_loss not in AUX_LOSSES:
+            raise ValueError(f"aux_loss={self.aux_loss!r} is unknown; allowed: {', '.join(AUX_LOSSES)}")
 
 
 def router_losses(

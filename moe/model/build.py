@@ -19,8 +19,17 @@ from moe.model.spec import RMSNorm, layer_spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Every layer has its own key in a checkpoint, whatever the pipeline split.
-SHARDED_METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": False}
+
+def sharded_state(model: GPTModel) -> dict[str, Any]:
+    """Parameters as parts of whole ones; every layer has its own key, whatever the pipeline split."""
+    metadata = {
+        "non_homogeneous_layers": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": model.pg_collection.dp_cp,
+    }
+    state: dict[str, Any] = model.sharded_state_dict(metadata=metadata)
+    # Megatron's linears add an empty object each, the only pickles that would be among a checkpoint's shards.
+    return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
@@ -109,7 +118,7 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, *, num_microb
     )
     mark_tensor_parallel(model)
     init_weights(
-        model.sharded_state_dict(metadata=SHARDED_METADATA),
+        sharded_state(model),
         seed=config.run.seed,
         std=config.model.init_std,
         num_layers=config.model.num_layers,

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.post_training.modelopt.layers import Linear as ReplicatedLinear
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -112,14 +114,21 @@ def _gqa_spec() -> ModuleSpec:
 
 
 def _mla_spec(model: ModelSection) -> ModuleSpec:
+    if not isinstance(multi_latent_attention.TELinear, type):
+        # megatron-core 0.16.1 believes that Transformer Engine is present whenever its own wrappers import,
+        # and asks isinstance(layer, TELinear) of the mock that stands for the absent class.
+        multi_latent_attention.HAVE_TE = False
     return ModuleSpec(
         module=MLASelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=ColumnParallelLinear,
-            linear_q_down_proj=ColumnParallelLinear,
+            # Whole on every rank, each working on its own positions. Split over tp, as megatron-core 0.16.1's
+            # own spec does without Transformer Engine, the gradient of the rotary key that all heads share
+            # would hold the heads of one rank only.
+            linear_q_down_proj=ReplicatedLinear,
             linear_q_up_proj=ColumnParallelLinear,
-            linear_kv_down_proj=ColumnParallelLinear,
+            linear_kv_down_proj=ReplicatedLinear,
             linear_kv_up_proj=ColumnParallelLinear,
             core_attention=SdpaAttention,
             linear_proj=RowParallelLinear,

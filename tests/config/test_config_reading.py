@@ -1,4 +1,4 @@
-"""YAML and overrides: what is read, what is refused, and that every refusal names the place and the remedy."""
+"""YAML and overrides: what is read, what is refused, and that a refusal names the place and the remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from moe.config import ConfigError, load_config
 from moe.errors import InputError
 
-# ---- every problem at once ------------------------------------------------------------------------------------
+# ---- every problem at once -----------------------------------------------------------------------------
 
 
 def test_every_problem_is_reported_at_once_with_its_place(problems, sound_text):
@@ -17,10 +17,12 @@ def test_every_problem_is_reported_at_once_with_its_place(problems, sound_text):
     found = problems("optim.lr=fast", "model.top_k=9", "model.top_k.deep=1", "oops", text=text)
     steps = _line_of(text, "steps: 11")
     expected = [
-        (f"sound.yaml:{steps}: train.steps stands twice (first at ", f"sound.yaml:{steps - 1}); remove one"),
+        (f"sound.yaml:{steps}: train.steps stands twice (first at ", f"sound.yaml:{steps - 1}); remove"),
         ("override 'model.top_k.deep=1': model.top_k is a value, not a section",),
         ("override 'oops': write key=value",),
-        (f"sound.yaml:{_line_of(text, 'num_layer:')}: unknown key model.num_layer; did you mean model.num_l",),
+        (
+            f"sound.yaml:{_line_of(text, 'num_layer:')}: unknown key model.num_layer; did you mean model.num_l",
+        ),
         (f"sound.yaml:{_line_of(text, 'model:')}: model.num_layers is missing; add it",),
         ("override 'optim.lr=fast': optim.lr=\"fast\": input should be a valid number",),
         ("override 'model.top_k=9': model.top_k=9 is more than model.num_experts=8",),
@@ -39,7 +41,7 @@ def test_error_text_counts_the_problems_and_says_that_nothing_runs(sound):
     assert caught.value.exit_code == 2
 
 
-# ---- unknown keys ---------------------------------------------------------------------------------------------
+# ---- unknown keys --------------------------------------------------------------------------------------
 
 NEAREST = {
     "optim.learning_rate=1": "optim takes lr, min_lr, warmup_steps",
@@ -71,7 +73,7 @@ def test_dotted_key_in_a_file_is_told_to_nest(problems, sound_text):
     assert f"sound.yaml:{line}: unknown key optim.eps; in a file, sections are nested" in found
 
 
-# ---- types ----------------------------------------------------------------------------------------------------
+# ---- types ---------------------------------------------------------------------------------------------
 
 WRONG_TYPES = {
     'train.steps="16"': 'train.steps="16": input should be a valid integer',
@@ -128,7 +130,7 @@ def test_config_is_frozen(sound):
     assert hash(config) == hash(load_config(sound))
 
 
-# ---- overrides ------------------------------------------------------------------------------------------------
+# ---- overrides -----------------------------------------------------------------------------------------
 
 
 def test_override_reaches_values_sections_and_items_of_lists(sound):
@@ -184,7 +186,7 @@ def test_override_of_a_section_takes_its_place_in_messages(problems):
     assert found[1].startswith("override 'energy.meter=none': energy.meter=\"none\"")
 
 
-# ---- files that are no config ---------------------------------------------------------------------------------
+# ---- files that are no config --------------------------------------------------------------------------
 
 NO_CONFIG = {
     "empty": (b"", "a config is a mapping of the sections run, model, data"),

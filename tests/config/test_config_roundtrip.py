@@ -12,11 +12,11 @@ from moe.config import dump_config, load_config
 RECIPES = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
 # Text that some reader of YAML takes for something else.
-LOOKS_LIKE_SOMETHING_ELSE = (
-    ["1e-4", "1E5", "1_0e+1", "12", "017", "0x1f", "1:30", "1.5", ".5", "-3", "+1", ".inf", ".nan", "1e"]
-    + ["true", "Yes", "off", "null", "~", "", "2024-01-01", "<<", "=", "!x", "*a", "&a", "# a", "a: b", "- a"]
-    + ["{a}", "[a]", "'", '"', "a\nb", " a ", "日本", "${oc.env:HOME}", "\t", "a #b", "%a", "@a", "`a`", "|", ">"]
-)
+LOOKS_LIKE_SOMETHING_ELSE = [
+    *["1e-4", "1E5", "1_0e+1", "12", "017", "0x1f", "1:30", "1.5", ".5", "-3", "+1", ".inf", ".nan", "1e"],
+    *["true", "Yes", "off", "null", "~", "", "2024-01-01", "<<", "=", "!x", "*a", "&a", "# a", "a: b", "- a"],
+    *["{a}", "[a]", "'", '"', "a\nb", " a ", "日本", "${oc.env:HOME}", "\t", "a #b", "%a", "@a", "`a`", "|"],
+]
 
 
 def test_there_are_recipes():

@@ -119,7 +119,7 @@ SOUND_LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "world_size"), SOUND_LAYOUTS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("overrides", "world_size"), SOUND_LAYOUTS, ids=str)
 def test_sound_layout_breaks_no_rule(problems, overrides, world_size):
     assert problems(*overrides, world_size=world_size) == ()
 

@@ -1,0 +1,142 @@
+"""MoELayer against a loop over tokens and experts in float64: output and every gradient by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from dense_oracle import balance_loss, dense_moe, z_loss
+from gradients import gradients
+from tolerances import assert_close
+
+from moe.layer import BalanceSettings, GroupedExperts, MoELayer, Router, SharedExpert, build_moe_layer
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+D, F = 16, 24
+ROUTERS = {
+    "softmax": {},
+    "softmax_renormalized": {"renormalize": True},
+    "softmax_after_topk": {"score_before_topk": False},
+    "sigmoid": {"score": "sigmoid", "renormalize": True, "scale": 2.5},
+}
+
+
+def make_layer(E=6, K=2, *, shared=True, dtype=torch.float32, balance=None, **router) -> MoELayer:
+    torch.manual_seed(0)
+    shared_expert = SharedExpert(D, 8, dtype=dtype) if shared else None
+    layer = build_moe_layer(D, E, K, F, shared_expert=shared_expert, balance=balance, dtype=dtype, **router)
+    layer.router.reset_parameters(std=0.5)
+    layer.router.bias_E.normal_(std=0.1)
+    layer.experts.reset_parameters(std=0.2)
+    if shared_expert is not None:
+        shared_expert.reset_parameters(std=0.2)
+    return layer
+
+
+def check_against_the_oracle(layer: MoELayer, x_SBD: torch.Tensor) -> None:
+    parameters = dict(layer.named_parameters())
+    expected = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
+    expected_x_TD = x_SBD.detach().flatten(0, 1).double().requires_grad_()
+    router = vars(layer.router) | {"bias_E": layer.router.bias_E.double()}
+    y_SBD = layer(x_SBD).y
+    expected_y_TD = dense_moe(expected_x_TD, expected, router)
+    assert y_SBD.shape == x_SBD.shape and y_SBD.dtype == x_SBD.dtype
+    assert_close("y", y_SBD.flatten(0, 1), expected_y_TD)
+    cotangent_SBD = torch.randn(x_SBD.shape).to(x_SBD.dtype)
+    actual_grads = gradients(y_SBD, cotangent_SBD, x=x_SBD, **parameters)
+    expected_grads = gradients(expected_y_TD, cotangent_SBD.flatten(0, 1), x=expected_x_TD, **expected)
+    expected_grads["x"] = expected_grads["x"].view(x_SBD.shape)
+    for name, grad in actual_grads.items():
+        assert_close(f"{name}.grad", grad, expected_grads[name], dtype=x_SBD.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+def test_equals_the_dense_oracle(router, dtype):
+    layer = make_layer(dtype=dtype, **router)
+    check_against_the_oracle(layer, torch.randn(7, 3, D, dtype=dtype, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    ("S", "B", "E", "K", "shared"),
+    [
+        (1, 1, 6, 2, True),
+        (1, 1, 1, 1, False),
+        (63, 1, 16, 3, False),
+        (5, 2, 4, 4, True),
+        (2, 3, 100, 7, True),
+    ],
+)
+def test_odd_sizes_equal_the_dense_oracle(S, B, E, K, shared):
+    layer = make_layer(E, K, shared=shared)
+    check_against_the_oracle(layer, torch.randn(S, B, D, requires_grad=True))
+
+
+def test_transposed_input_equals_the_dense_oracle():
+    x_BSD = torch.randn(3, 7, D)
+    check_against_the_oracle(make_layer(), x_BSD.transpose(0, 1).requires_grad_())
+
+
+def test_hot_and_empty_experts():
+    layer = make_layer()
+    layer.router.bias_E.copy_(torch.tensor([0.0, 0, -9, 9, 0, -9]))
+    x_SBD = torch.randn(7, 3, D, requires_grad=True)
+    check_against_the_oracle(layer, x_SBD)
+    output = layer(x_SBD)
+    assert output.counts_E[[2, 3, 5]].tolist() == [0, 21, 0] and output.counts_E.sum() == 42
+    output.y.sum().backward()
+    for grad_e in (layer.experts.w_gate_up_eGD.grad, layer.experts.w_down_eDF.grad):
+        assert not grad_e[[2, 5]].any() and grad_e[[0, 1, 3, 4]].flatten(1).any(dim=1).all()
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_losses_are_those_of_its_tokens(scope, score):
+    layer = make_layer(balance=BalanceSettings(scope, 0.3, 0.01), score=score)
+    x_SBD = torch.randn(7, 3, D)
+    losses = layer(x_SBD).losses
+    weight_ED = layer.router.weight_ED.detach().double().requires_grad_()
+    logits_SBE = x_SBD.double() @ weight_ED.T
+    ids_SBK = layer.router(x_SBD.flatten(0, 1)).ids_TK.view(7, 3, 2)
+    balance = 0.3 * balance_loss(logits_SBE, ids_SBK, scope=scope, score=score)
+    z = 0.01 * z_loss(logits_SBE)
+    assert_close("balance", losses.balance, balance)
+    assert_close("z", losses.z, z)
+    (actual,) = torch.autograd.grad(losses.total, layer.router.weight_ED)
+    (expected,) = torch.autograd.grad(balance + z, weight_ED)
+    assert_close("router.weight_ED.grad", actual, expected)
+
+
+def test_builds_on_meta_and_is_filled_later():
+    layer = build_moe_layer(
+        D, 6, 2, F, shared_expert=SharedExpert(D, 8, device="meta"), device=torch.device("meta")
+    )
+    tensors = [*layer.parameters(), *layer.buffers()]
+    assert len(tensors) == 6 and all(t.is_meta for t in tensors)
+    source = make_layer()
+    layer.to_empty(device="cpu").load_state_dict(source.state_dict())
+    x_SBD = torch.randn(7, 3, D)
+    assert torch.equal(layer(x_SBD).y, source(x_SBD).y)
+
+
+def test_a_bf16_layer_keeps_its_router_in_fp32():
+    layer = make_layer(dtype=torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in layer.named_parameters()}
+    assert dtypes.pop("router.weight_ED") == layer.router.bias_E.dtype == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+
+
+def test_experts_that_do_not_fit_the_router_are_refused():
+    with pytest.raises(ValueError, match="4 local experts on 1 ranks are not the router's 6"):
+        MoELayer(Router(D, 6, 2), GroupedExperts(4, D, F))
+
+
+def test_imports_no_engine():
+    code = "import sys, moe.layer; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "torch" in loaded
+    assert not loaded & {"megatron", "deepspeed", "transformers", "wandb", "transformer_engine"}
