@@ -90,7 +90,7 @@ def storage_error(path: Path, error: OSError) -> InputError:
     if error.errno not in _NO_SPACE:
         return InputError(f"cannot store {path}: {error.strerror}. Check the disk and its permissions.")
     return InputError(
-        f"no space to store {path}: {error.strerror}, {_free_bytes(path):,} bytes are free. "
+        f"no space to store {path}: {error.strerror}, {free_bytes(path):,} bytes are free. "
         "Free some space or quota; what was complete before is intact."
     )
 
@@ -107,14 +107,15 @@ def require_free_space(path: Path, needed_bytes: int) -> None:
     Raises:
         InputError: Fewer bytes are free; the text has the path, the needed and the free bytes.
     """
-    free_bytes = _free_bytes(path)
-    if free_bytes < needed_bytes:
+    available_bytes = free_bytes(path)
+    if available_bytes < needed_bytes:
         raise InputError(
-            f"no space in {path}: {needed_bytes:,} bytes are needed, {free_bytes:,} are free. "
+            f"no space in {path}: {needed_bytes:,} bytes are needed, {available_bytes:,} are free. "
             "Free some space, keep fewer checkpoints or choose another folder."
         )
 
 
-def _free_bytes(path: Path) -> int:
+def free_bytes(path: Path) -> int:
+    """Free bytes of the disk that `path`, which need not exist yet, is or would be on."""
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free

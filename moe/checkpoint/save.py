@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe.checkpoint.manifest import FileEntry, commit_manifest, hash_files
 from moe.checkpoint.store import apply_retention, begin, finish
+from moe.durable import require_free_space
 from moe.ranks import on_every_rank, on_rank0
 
 
@@ -22,6 +23,7 @@ class ShardSource(Protocol):
     """The part of an engine that saving needs."""
 
     rank: int
+    checkpoint_bytes: int  # of all ranks together
 
     def save_shards(self, directory: Path) -> None:
         """Write this rank's share; collective."""
@@ -57,7 +59,12 @@ def save_checkpoint(
         InputError: a file cannot be written; the text says "no space" where that is the cause.
         CorruptCheckpointError: the folder does not hold what was written.
     """
-    partial = on_rank0(lambda: begin(root, step))
+
+    def open_folder() -> Path:
+        require_free_space(root, engine.checkpoint_bytes)
+        return begin(root, step)
+
+    partial = on_rank0(open_folder)
     engine.save_shards(partial)
 
     def seal_own_files() -> list[FileEntry]:

@@ -1,8 +1,8 @@
 """Writes Megatron's sharded state with torch's own DCP writer, in this process.
 
-Megatron's default writer forks a process for each file and keeps a manager process beside every rank; a rank that
-is killed leaves its manager behind, and a fork in a process with CUDA and threads is a gamble. The format on disk
-is the same (`torch_dist`), so Megatron's loader reads it.
+Megatron's default writer forks a process for each file and keeps a manager process beside every rank. A rank
+that is killed leaves its manager behind, and a fork beside CUDA and threads is a gamble. On disk the format is
+the same (`torch_dist`), so Megatron's loader reads it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from moe.durable import free_bytes
+from moe.errors import InputError
 
 
 class InProcessShardWriter(SaveShardedStrategy):
@@ -27,19 +32,26 @@ class InProcessShardWriter(SaveShardedStrategy):
 
     @property
     def can_handle_sharded_objects(self) -> bool:
-        """Only tensors are saved; see MegatronEngine."""
+        """Only tensors are saved; see moe.model.build.sharded_state."""
         return True
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
         """Write this rank's main replicas into one file and rank 0 the `.metadata`; collective.
 
         Raises:
-            torch.distributed.checkpoint.api.CheckpointException: a rank could not write; on every rank. It derives
-                from BaseException.
+            InputError: a rank could not write; on every rank.
         """
         tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
-            mcore_to_pyt_state_dict(tensors, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, sync_files=False),  # hashing syncs them
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+        try:
+            save(
+                mcore_to_pyt_state_dict(tensors, False),
+                storage_writer=FileSystemWriter(checkpoint_dir, sync_files=False),  # hashing syncs them
+                planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            )
+        except CheckpointException as error:  # a BaseException, which nobody above would see
+            rank, (cause, _) = min(error.failures.items())
+            # torch names no cause when the disk is full ("unexpected pos"), so the free space is told.
+            raise InputError(
+                f"rank {rank} cannot write its shard in {checkpoint_dir}: {cause}. "
+                f"{free_bytes(Path(checkpoint_dir)):,} bytes are free there; earlier checkpoints are intact."
+            ) from error

@@ -125,7 +125,7 @@ def _name(key: str) -> str:
 
 def _alike(leaf: str, keys: Sequence[str], *, least: float) -> list[str]:
     """The keys whose name is spelled most like the leaf; none if all are less alike than `least`, of 1."""
-    names = difflib.get_close_matches(leaf, {_name(key) for key in keys}, n=1, cutoff=least)
+    names = difflib.get_close_matches(leaf, [_name(key) for key in keys], n=1, cutoff=least)
     return [key for key in keys if _name(key) in names]
 
 

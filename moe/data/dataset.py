@@ -22,6 +22,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from moe.data.indexed import idx_path
 from moe.data.tokenizer import Tokenizer
+from moe.durable import storage_error
 from moe.errors import InputError
 
 Blend = tuple[tuple[Path, float], ...]
@@ -89,7 +90,8 @@ def build_gpt_datasets(
         The training and the held-out dataset.
 
     Raises:
-        InputError: A blend is empty or has a weight that is not positive, or a number is not positive.
+        InputError: A blend is empty or has a weight that is not positive, a number is not positive, or the
+            indices cannot be stored.
     """
     sizes = [train_samples, heldout_samples, 0]
     if seq_length < 1 or min(sizes[:2]) < 1:
@@ -112,7 +114,14 @@ def build_gpt_datasets(
         eod_mask_loss=False,
         create_attention_mask=False,  # attention is causal by itself
     )
-    datasets = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    try:
+        datasets = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    except Exception as error:
+        if isinstance(
+            error.__cause__, OSError
+        ):  # Megatron hides a full or read-only disk in a bare Exception
+            raise storage_error(building, error.__cause__) from error
+        raise
     _publish(building, final)
     return datasets[0], datasets[1]
 

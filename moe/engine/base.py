@@ -65,6 +65,7 @@ class Engine(Protocol):
     device: str  # in words
     torch_device: torch.device
     params_total: int
+    checkpoint_bytes: int
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         """Forward, backward and update over this rank's micro-batches of a global batch."""

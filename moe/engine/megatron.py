@@ -22,8 +22,15 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
@@ -97,29 +104,15 @@ class MegatronEngine:
             if isinstance(layer.mlp, MoEAdapter)
         }
         self.params_total = self._count_parameters()
+        # Each parameter with its fp32 main copy and two fp32 moments.
+        self.checkpoint_bytes = self.params_total * (DTYPES[config.train.precision].itemsize + 12)
         megatron_config = self.model.config
         self.ddp = DistributedDataParallel(
             megatron_config,
             DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
             self.model,
         )
-        optim = config.optim
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=optim.lr,
-                weight_decay=optim.weight_decay,
-                adam_beta1=optim.beta1,
-                adam_beta2=optim.beta2,
-                adam_eps=optim.eps,
-                clip_grad=optim.clip_grad_norm,
-                bf16=config.train.precision == "bf16",
-                params_dtype=DTYPES[config.train.precision],
-                use_distributed_optimizer=True,
-            ),
-            [self.ddp],
-            use_gloo_process_groups=False,
-        )
+        self.optimizer = _build_optimizer(config, self.ddp)
         megatron_config.grad_scale_func = self.optimizer.scale_loss
         megatron_config.no_sync_func = self.ddp.no_sync
         megatron_config.finalize_model_grads_func = finalize_model_grads
@@ -149,6 +142,7 @@ class MegatronEngine:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
         _, grad_norm, _ = self.optimizer.step()
         if grad_norm is not None and not math.isfinite(grad_norm):
             raise TrainingDivergedError(
@@ -280,6 +274,30 @@ class MegatronEngine:
     def close(self) -> None:
         """See Engine."""
         self._undo.close()
+
+
+def _build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> MegatronOptimizer:
+    """AdamW over main parameters in fp32, sharded over data-parallel ranks."""
+    optim = config.optim
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad_norm,
+        bf16=config.train.precision == "bf16",
+        params_dtype=DTYPES[config.train.precision],
+        use_distributed_optimizer=True,
+    )
+    # Vectors (norms) do not decay. The router's fp32 weights are a group of their own: in a group with bf16
+    # parameters, megatron-core 0.16.1 confuses the order of the two kinds when it saves.
+    overrides = {
+        **get_standard_config_overrides(settings),
+        ParamKey(name="*.router.weight_ED"): ParamGroupOverride(wd_mult=1.0),
+    }
+    return get_megatron_optimizer(settings, [ddp], overrides, use_gloo_process_groups=False)
 
 
 def _create_moments(optimizer: DistributedOptimizer) -> list[dict[str, Tensor]]:

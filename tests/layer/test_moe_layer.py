@@ -127,6 +127,9 @@ def test_a_bf16_layer_keeps_its_router_in_fp32():
     dtypes = {name: p.dtype for name, p in layer.named_parameters()}
     assert dtypes.pop("router.weight_ED") == layer.router.bias_E.dtype == torch.float32
     assert set(dtypes.values()) == {torch.bfloat16}
+    x_TD = torch.randn(63, D, dtype=torch.bfloat16)
+    expected_TE = x_TD.double() @ layer.router.weight_ED.double().T
+    assert_close("logits", layer.router(x_TD).logits_TE, expected_TE, dtype=torch.float32)
 
 
 def test_experts_that_do_not_fit_the_router_are_refused():

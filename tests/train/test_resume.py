@@ -11,32 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from checkpoint_tensors import assert_bit_equal, tensors
 from train_runs import command, environment, losses, metrics, run, train_command
 
 from moe.checkpoint.manifest import verify
 from moe.errors import CorruptCheckpointError
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole: weights, biases, main parameters and moments."""
-    reader = FileSystemReader(checkpoint)
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
-def assert_bit_equal(found: Path, expected: Path) -> None:
-    a, b = tensors(found), tensors(expected)
-    assert a.keys() == b.keys()
-    differing = [key for key in a if not torch.equal(a[key].view(torch.uint8), b[key].view(torch.uint8))]
-    assert differing == []
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
