@@ -73,7 +73,9 @@ def options(
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML recipe; see configs/.")],
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to start on this machine; by default 1.")
+    ] = None,
     run_dir: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder of the run; by default run.root/run.name.")
     ] = None,
@@ -85,14 +87,14 @@ def train(
     from moe.config import load_config
     from moe.train.folder import choose_run_dir, refuse_existing
 
-    world_size = _world_size(nproc)
+    world_size = _world_size(nproc, default=1)
     resolved = load_config(config, overrides or [], world_size=world_size)
     folder = choose_run_dir(resolved, run_dir, under_torchrun=_under_torchrun())
     if not _under_torchrun():
         refuse_existing(folder)  # before any process starts; under torchrun rank 0 looks
     if world_size > 1 and not _under_torchrun():
         argv = ["train", str(config), *(overrides or []), "--run-dir", str(folder)]
-        _launch(argv, num_ranks=nproc)
+        _launch(argv, num_ranks=world_size)
     else:
         _run(resolved, folder, resume=False)
 
@@ -112,13 +114,11 @@ def resume(
     from moe.config import load_config
     from moe.train.folder import check_unchanged, ranks_of_newest
 
-    wrote = ranks_of_newest(run_dir)  # in any case: without a checkpoint there is nothing to start
-    num_ranks = nproc or wrote
-    world_size = _world_size(num_ranks)
+    world_size = _world_size(nproc, default=ranks_of_newest(run_dir))
     resolved = load_config(run_dir / "config.yaml", overrides or [], world_size=world_size)
     check_unchanged(run_dir, resolved)
     if world_size > 1 and not _under_torchrun():
-        _launch(["resume", str(run_dir), *(overrides or [])], num_ranks=num_ranks)
+        _launch(["resume", str(run_dir), *(overrides or [])], num_ranks=world_size)
     else:
         _run(resolved, run_dir, resume=True)
 
@@ -187,9 +187,11 @@ def _under_torchrun() -> bool:
     return "RANK" in os.environ
 
 
-def _world_size(nproc: int) -> int:
+def _world_size(nproc: int | None, *, default: int) -> int:
     if not _under_torchrun():
-        return nproc
+        return nproc or default
+    if nproc is not None:
+        raise InputError(f"--nproc {nproc} under torchrun, which has started the ranks already; leave it out")
     world_size = os.environ.get("WORLD_SIZE", "")
     if not world_size.isdecimal() or int(world_size) < 1:
         raise InputError(
@@ -233,8 +235,7 @@ def main() -> None:
     try:
         app(prog_name="moe")
     except MoeError as error:
-        # In a job every rank raises the same error; one says it. A lost rank is said by all who notice.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankLostError):
+        if os.environ.get("RANK", "0") == "0" or not error.on_all_ranks:
             typer.echo(f"error: {error}", err=True)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -242,3 +243,6 @@ def main() -> None:
         if isinstance(error, RankLostError) and _under_torchrun():
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; continue from the newest checkpoint with `moe resume`", err=True)
+        sys.exit(1)

@@ -10,6 +10,7 @@ class MoeError(Exception):
     """Base of every error that a user can act on; its text says what was wrong and what to do."""
 
     exit_code = 1
+    on_all_ranks = False  # whether every rank of the job raises the same, so that rank 0 speaks for all
 
 
 class InputError(MoeError):

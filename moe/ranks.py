@@ -31,13 +31,14 @@ def on_rank0(function: Callable[[], T]) -> T:
     Raises:
         MoeError: that the function raised, on every rank.
     """
-    box: list[tuple[T | None, Exception | None] | None] = [None]
+    box: list[tuple[T | None, MoeError | None] | None] = [None]
     if dist.get_rank() == 0:
         box[0] = _attempt(function)
     dist.broadcast_object_list(box, src=0)
     assert box[0] is not None
     result, error = box[0]
     if error is not None:
+        error.on_all_ranks = True
         raise error
     return result  # type: ignore[return-value]
 
@@ -48,19 +49,21 @@ def on_every_rank(function: Callable[[], T]) -> list[T]:
     Raises:
         MoeError: the first that any rank raised, on every rank, with the rank named.
     """
-    outcomes: list[tuple[T | None, Exception | None] | None] = [None] * dist.get_world_size()
+    outcomes: list[tuple[T | None, MoeError | None] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, _attempt(function))
     results: list[T] = []
     for rank, outcome in enumerate(outcomes):
         assert outcome is not None
         result, error = outcome
         if error is not None:
-            raise type(error)(f"rank {rank}: {error}") from error
+            shared = type(error)(f"rank {rank}: {error}")
+            shared.on_all_ranks = True
+            raise shared from error
         results.append(result)  # type: ignore[arg-type]
     return results
 
 
-def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def _attempt(function: Callable[[], T]) -> tuple[T | None, MoeError | None]:
     """The result, or an error that a user can act on; any other error is a bug and ends this rank at once."""
     try:
         return function(), None

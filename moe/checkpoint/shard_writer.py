@@ -1,8 +1,8 @@
 """Writes Megatron's sharded state with torch's own DCP writer, in this process.
 
 Megatron's default writer forks a process for each file and keeps a manager process beside every rank. A rank
-that is killed leaves its manager behind, and a fork beside CUDA and threads is a gamble. On disk the format is
-the same (`torch_dist`), so Megatron's loader reads it.
+that is killed leaves its manager behind, and a fork beside CUDA and threads is a gamble. On disk the format
+is the same (`torch_dist`), so Megatron's loader reads it.
 """
 
 from __future__ import annotations

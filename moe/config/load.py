@@ -25,6 +25,8 @@ _LONGEST_SHOWN_VALUE = 60  # characters
 class ConfigError(InputError):
     """One or more things that are wrong with a config; `problems` holds one sentence for each."""
 
+    on_all_ranks = True  # under torchrun every rank reads the same file
+
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

@@ -19,6 +19,8 @@ Batch = Mapping[str, Tensor]
 class TrainingDivergedError(MoeError):
     """The loss or the gradient norm is not a finite number."""
 
+    on_all_ranks = True
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -37,6 +37,7 @@ def launch_local(module: str, arguments: Sequence[str], *, num_ranks: int) -> No
         RankLostError: a rank was killed; the text names rank, process and signal.
         RankFailedError: a rank ended with an error of its own.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -56,6 +57,8 @@ def launch_local(module: str, arguments: Sequence[str], *, num_ranks: int) -> No
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
+    except SignalException as error:  # Ctrl-C or SIGTERM to this process; the ranks were ended
+        raise KeyboardInterrupt from error
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         pids = {rank: failure.pid for rank, failure in error.failures.items()}
@@ -74,8 +77,12 @@ def _cause(exit_codes: Mapping[int, int], pids: Mapping[int, int]) -> MoeError:
             "Continue from the newest checkpoint with `moe resume`"
         )
     own = [rank for rank, code in exit_codes.items() if code > 0 and code != RankLostError.exit_code]
-    rank = min(own or exit_codes)
-    return RankFailedError(rank, exit_codes[rank])
+    if own:
+        return RankFailedError(min(own), exit_codes[min(own)])
+    return RankLostError(
+        f"ranks {', '.join(map(str, sorted(exit_codes)))} lost contact with another rank or were terminated; "
+        "what they said is above. Continue from the newest checkpoint with `moe resume`"
+    )
 
 
 def _set_defaults(num_ranks: int) -> None:

@@ -119,7 +119,7 @@ def _energy(energy: Energy, tokens_per_j: float | None) -> str:
     if not joules:
         return "energy unknown: the meter failed during the run"
     efficiency = _format(_tokens_per_j(estimated), tokens_per_j)
-    return f"{joules}  {efficiency}  boundary {energy.boundary}; {energy.description}"
+    return f"{joules}  {efficiency}  boundary {energy.boundary}"
 
 
 def _heldout(record: Mapping[str, Any]) -> str:

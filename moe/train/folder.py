@@ -20,10 +20,7 @@ FIXED = ("model", "data", "run.name", "run.seed", "train.global_batch_size", "tr
 def choose_run_dir(config: RunConfig, wanted: Path | None, *, under_torchrun: bool) -> Path:
     """Where a new run goes: the folder asked for, else the first free of name, name-2, name-3, ...
 
-    Under torchrun every rank chooses by itself, so the plain name is taken and must be free.
-
-    Raises:
-        InputError: the folder asked for already holds a run.
+    Under torchrun every rank chooses by itself, so the plain name is taken; `refuse_existing` is asked later.
     """
     default = config.run.root / config.run.name
     if wanted is None and not under_torchrun:

@@ -132,6 +132,20 @@ def test_a_bf16_layer_keeps_its_router_in_fp32():
     assert_close("logits", layer.router(x_TD).logits_TE, expected_TE, dtype=torch.float32)
 
 
+def test_compiles_as_one_graph():
+    # bf16: torch 2.13 traces grouped_mm in no other dtype.
+    layer = make_layer(dtype=torch.bfloat16, balance=BalanceSettings("sequence", 0.1, 0.1))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x_SBD = torch.randn(7, 3, D, dtype=torch.bfloat16, requires_grad=True)
+    results = []
+    for run in (layer, compiled):
+        output = run(x_SBD)
+        total = output.y.float().square().sum() + output.losses.total
+        results.append(gradients(total, torch.ones(()), x=x_SBD, **dict(layer.named_parameters())))
+    for name, eager in results[0].items():
+        assert_close(f"{name}.grad", results[1][name], eager, dtype=torch.bfloat16)
+
+
 def test_experts_that_do_not_fit_the_router_are_refused():
     with pytest.raises(ValueError, match="4 local experts on 1 ranks are not the router's 6"):
         MoELayer(Router(D, 6, 2), GroupedExperts(4, D, F))
