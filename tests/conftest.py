@@ -16,6 +16,8 @@ def start_ranks() -> Iterator[Callable[..., RankPool]]:
     pools: list[RankPool] = []
 
     def start(num_ranks: int, **options: Any) -> RankPool:
+        # The first pool of a session decides what its server imports, so all ask for the slowest.
+        options.setdefault("preload", ("torch.distributed", "moe.engine.megatron"))
         pools.append(RankPool(num_ranks, **options))
         return pools[-1]
 

@@ -188,7 +188,24 @@ def _power(full_w: float, idle_w: float) -> str | None:
     )
 
 
+def _aligned(key: str) -> Rule:
+    """Grouped GEMMs take rows whose length is a multiple of 16 bytes."""
+
+    def check(size: int, precision: str) -> str | None:
+        multiple = 8 if precision == "bf16" else 4
+        if size % multiple == 0:
+            return None
+        return (
+            f"{key}={size} is not a multiple of {multiple}, as train.precision={precision} needs (16 bytes); "
+            f"use {-(-size // multiple) * multiple}"
+        )
+
+    return Rule((key, "train.precision"), check)
+
+
 RULES: tuple[Rule, ...] = (
+    _aligned("model.hidden_size"),
+    _aligned("model.expert_hidden_size"),
     Rule(("parallel.cp",), _context_parallel),
     Rule(_LAYOUT, _world),
     Rule(("parallel.ep", "world_size", "parallel.pp"), _ep_ranks),

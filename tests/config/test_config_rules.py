@@ -54,6 +54,16 @@ BROKEN = {
         1,
         ["num_query_groups=3", "num_heads=4", "allowed: 1, 2, 4", "or 0"],
     ),
+    "rows of 16 bytes in fp32": (
+        ["model.hidden_size=66", "train.precision=fp32"],
+        1,
+        ["model.hidden_size=66", "multiple of 4", "use 68"],
+    ),
+    "rows of 16 bytes in bf16": (
+        ["model.expert_hidden_size=12", "train.precision=bf16"],
+        1,
+        ["model.expert_hidden_size=12", "multiple of 8", "use 16"],
+    ),
     "top-k": (["model.top_k=9"], 1, ["model.top_k=9", "model.num_experts=8"]),
     "dense layers": (
         ["model.num_dense_layers=4"],

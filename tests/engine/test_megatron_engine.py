@@ -115,7 +115,7 @@ def train(
 
 @pytest.fixture(scope="module")
 def pool(start_ranks: Any) -> RankPool:
-    ranks: RankPool = start_ranks(4, init_process_group=False, preload=("moe.engine.megatron",))
+    ranks: RankPool = start_ranks(4, init_process_group=False)
     return ranks
 
 
