@@ -1,0 +1,128 @@
+"""What a finished run leaves behind, training on own text, and damaged text refused before the first step."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from train_runs import command, environment, metrics, run, train_command
+
+from moe.config import load_config
+from moe.data.indexed import bin_path
+from moe.metering.flops import flops_per_token, params_active, params_total
+from moe.metering.model_shape import model_shape
+
+METRIC_FIELDS = {
+    "step",
+    "loss",
+    "grad_norm",
+    "tokens",
+    "tokens_per_s",
+    "lr",
+    "expert_load_max_over_mean",
+    "energy_j",
+    "power_w",
+}
+REPORT_FIELDS = {
+    "run",
+    "commit",
+    "steps",
+    "tokens",
+    "params_total",
+    "params_active",
+    "flops_per_token",
+    "loss_first",
+    "loss_last",
+    "heldout_loss",
+    "heldout_bits_per_byte",
+    "tokens_per_s",
+    "wall_s",
+    "layout",
+    "engine",
+    "device",
+    "energy",
+    "tokens_per_j",
+}
+
+
+def test_report_says_what_was_done(reference_run: Path) -> None:
+    report = json.loads((reference_run / "report.json").read_text())
+    config = load_config(reference_run / "config.yaml")
+    shape = model_shape(config.model)
+    assert report.keys() >= REPORT_FIELDS
+    assert report["steps"] == 20
+    assert report["tokens"] == 20 * 8 * 64
+    assert report["params_total"] == params_total(shape)
+    assert report["params_active"] == params_active(shape) < report["params_total"]
+    assert report["flops_per_token"] == flops_per_token(shape, 64)
+    assert report["loss_first"] > report["loss_last"] > 0
+    assert report["layout"] == {"tp": 1, "pp": 1, "ep": 1, "cp": 1, "dp": 1}
+    assert {"source", "boundary", "total_j", "idle_w"} <= report["energy"].keys()
+    assert report["tokens_per_j"] == pytest.approx(report["tokens"] / report["energy"]["total_j"])
+    if report["energy"]["source"] == "estimated":
+        assert "estimated, not measured" in report["energy"]["description"]
+
+
+def test_metrics_have_one_object_a_step(reference_run: Path) -> None:
+    records = metrics(reference_run)
+    assert [record["step"] for record in records] == list(range(1, 21))
+    assert all(record.keys() >= METRIC_FIELDS for record in records)
+    energies = [record["energy_j"] for record in records]
+    assert energies == sorted(energies) and energies[0] > 0
+    assert records[-1]["heldout_bits_per_byte"] > 0
+
+
+def test_pictures_are_drawn(reference_run: Path) -> None:
+    pictures = {path.name for path in (reference_run / "plots").glob("*.png")}
+    assert pictures == {"loss.png", "expert_load.png", "power.png"}
+
+
+@pytest.fixture(scope="module")
+def own_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared Japanese and English text: train and heldout prefixes."""
+    folder = tmp_path_factory.mktemp("text")
+    for name, lines in {"train": 300, "heldout": 60}.items():
+        text = "\n".join(f"{name} {i}: 専門家の混合は、計算を増やさずに容量を増やす。" for i in range(lines))
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        source, prefix = str(folder / f"{name}.txt"), str(folder / name)
+        run(command("data", "prepare", "--input", source, "--tokenizer", "bytes", "--out", prefix))
+    return folder
+
+
+def own_text_overrides(folder: Path) -> list[str]:
+    return [
+        "data.tokenizer=bytes",
+        "model.vocab_size=260",
+        f"data.train=[{{prefix: {folder / 'train'}, weight: 2}}]",
+        f"data.heldout=[{{prefix: {folder / 'heldout'}}}]",
+        f"data.cache_dir={folder / 'cache'}",
+        "train.steps=3",
+    ]
+
+
+def test_own_text_trains_and_the_tracker_stays_offline(own_text: Path, tmp_path: Path) -> None:
+    overrides = [*own_text_overrides(own_text), "tracking.wandb=offline"]
+    output = run(train_command(tmp_path / "run", *overrides))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    # One byte a token, so a loss in nats is the same in bits per byte.
+    assert report["heldout_bits_per_byte"] == pytest.approx(report["heldout_loss"] / 0.6931472, rel=1e-2)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert report["energy"]["source"] != "estimated" or "(estimated)" in output
+
+
+@pytest.mark.parametrize("damage", ["truncated", "id beyond the vocabulary"])
+def test_damaged_text_is_refused_before_the_first_step(own_text: Path, tmp_path: Path, damage: str) -> None:
+    damaged = bin_path(own_text / "heldout")
+    intact = damaged.read_bytes()
+    bad_id = intact[:10] + b"\xff\xff" + intact[12:]
+    damaged.write_bytes(intact[:-7] if damage == "truncated" else bad_id)
+    argv = train_command(tmp_path / "run", *own_text_overrides(own_text))
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    damaged.write_bytes(intact)
+    assert done.returncode == 3, done.stderr[-2000:]
+    assert str(damaged) in done.stderr
+    assert "offset" in done.stderr or "bytes" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
