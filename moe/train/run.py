@@ -62,6 +62,8 @@ def run_job(config: RunConfig, options: RunOptions) -> Report | None:
 def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | None:
     run_dir, note = options.run_dir, options.note
     on_rank0(lambda: _open_folder(run_dir, config, resume=options.resume))
+    if engine.rank == 0:
+        note(_introduction(config, engine, run_dir))
     inputs = on_rank0(lambda: find_inputs(config, note))
     tokenizer = Tokenizer.load(inputs.tokenizer)
     from moe.data.dataset import build_gpt_datasets
@@ -98,6 +100,7 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
         report = make_report(config, engine, energy, progress)
         if engine.rank == 0:
             write_report(run_dir / "report.json", report)
+            note(f"report: {run_dir / 'report.json'}")
     finally:
         energy.close()
         for sink in sinks:
@@ -107,6 +110,15 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
         return None
     _plot(run_dir, note)
     return report
+
+
+def _introduction(config: RunConfig, engine: Engine, run_dir: Path) -> str:
+    layout = " ".join(f"{name}={size}" for name, size in engine.layout.as_dict().items())
+    model = config.model
+    return (
+        f"{run_dir}: {engine.params_total:,} parameters, {params_active(model_shape(model)):,} active, "
+        f"{model.num_experts} experts top-{model.top_k}; {layout} on {engine.device}"
+    )
 
 
 def _make_engine(config: RunConfig) -> Engine:
