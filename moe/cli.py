@@ -6,17 +6,22 @@ Heavy imports happen inside the verbs, so that help answers at once.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe import __version__
-from moe.errors import InputError, MoeError, RankLostError
+from moe.errors import InputError, MoeError, RankLostError, RunInterruptedError
 
 if TYPE_CHECKING:
     from moe.config import RunConfig
+
+# A rank that lost another waits this long, so that the launcher sees the one that failed first.
+BLAME_DELAY_S = 2.0
 
 _EXIT_CODES = """\
 Exit codes:
@@ -211,13 +216,21 @@ def _run(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
     from moe.quiet import quiet_third_party
 
     quiet_third_party()
+    from moe.launch.local import INTERRUPTED, end_with_parent
     from moe.ranks import explain_lost_rank
     from moe.train.run import RunOptions, run_job
 
+    if _under_torchrun():
+        end_with_parent()
+    else:
+        # A scheduler's SIGTERM ends the run in order. A rank keeps the default: it may hang in a collective.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run_job(config, RunOptions(run_dir, resume, _note))
     except MoeError:
         raise
+    except KeyboardInterrupt as error:
+        raise RunInterruptedError(INTERRUPTED) from error
     except Exception as error:
         lost = explain_lost_rank(error)
         if lost is None:
@@ -239,10 +252,9 @@ def main() -> None:
             typer.echo(f"error: {error}", err=True)
         sys.stdout.flush()
         sys.stderr.flush()
-        # After a lost rank the process groups cannot be left in order; the interpreter's teardown may hang.
-        if isinstance(error, RankLostError) and _under_torchrun():
+        if _under_torchrun():
+            if isinstance(error, RankLostError):
+                time.sleep(BLAME_DELAY_S)
+            # Without teardown: after an error the process groups cannot be left in order and may hang.
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; continue from the newest checkpoint with `moe resume`", err=True)
-        sys.exit(1)

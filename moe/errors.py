@@ -31,6 +31,10 @@ class CorruptCheckpointError(MoeError):
     exit_code = 3
 
 
+class RunInterruptedError(MoeError):
+    """The user or the system asked the run to stop."""
+
+
 class RankLostError(MoeError):
     """A rank of the job died or became unreachable; the text names the rank."""
 

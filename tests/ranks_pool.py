@@ -117,7 +117,7 @@ class RankPool:
             args = (theirs, rank, self._stack_path(rank), self.init_process_group)
             process = context.Process(target=_serve, args=args, daemon=True)
             # The server takes its environment from here when it starts, and torch its threads from that.
-            with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+            with patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
                 process.start()
             theirs.close()  # so that the end of the process is seen as the end of the pipe
             self._ranks.append((process, ours))

@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import psutil
+import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -40,7 +44,8 @@ def environment() -> dict[str, str]:
         for key, value in os.environ.items()
         if not key.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))
     }
-    return kept | {"OMP_NUM_THREADS": "1"}
+    # On a machine with GPUs too: these tests are about several ranks on one machine.
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def command(*arguments: str) -> list[str]:
@@ -70,3 +75,21 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 def losses(run_dir: Path) -> list[float]:
     """Training loss of every step."""
     return [record["loss"] for record in metrics(run_dir)]
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Return when the run has logged `step`; fail if it ends before."""
+    deadline_s = time.monotonic() + 120
+    while time.monotonic() < deadline_s and process.poll() is None:
+        if (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir)) >= step:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"the run did not reach step {step}: {process.communicate()}")
+
+
+def rank_process(launcher: int, rank: int) -> psutil.Process:
+    """The process of a rank below its launcher."""
+    for child in psutil.Process(launcher).children(recursive=True):
+        if child.environ().get("RANK") == str(rank):
+            return child
+    pytest.fail(f"no process of rank {rank}")

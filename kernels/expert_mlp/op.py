@@ -35,7 +35,7 @@ def expert_mlp(x_RD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, ends_e: 
     y_RD = F.grouped_mm(F.silu(gate_RF) * up_RF, w_down_eDF.transpose(1, 2), offs=ends_e)
     if y_RD.requires_grad:
         # grouped_mm's backward refuses an expanded gradient, such as the one of y.sum().
-        y_RD.register_hook(torch.Tensor.contiguous)
+        y_RD.register_hook(_dense)
     return y_RD
 
 
@@ -63,3 +63,11 @@ def _check(x_RD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, ends_e: Tens
             f"model size {D} and expert hidden size {w_down_eDF.shape[2]} must be multiples of {multiple} in "
             f"{x_RD.dtype} ({ALIGNMENT_BYTES} bytes)"
         )
+
+
+def _dense(grad_RD: Tensor) -> Tensor:
+    # clone, not contiguous(): an empty tensor counts as contiguous whatever its strides.
+    dense_strides = (grad_RD.shape[1], 1)
+    if grad_RD.stride() == dense_strides:
+        return grad_RD
+    return grad_RD.clone(memory_format=torch.contiguous_format)

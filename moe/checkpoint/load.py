@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -48,7 +49,7 @@ def find_checkpoint(root: Path, on_note: Callable[[str], None]) -> Path:
         aside = quarantine(checkpoint)
         on_note(f"{error} It was moved to {aside}; falling back to the checkpoint before it.")
 
-    return on_rank0(lambda: newest_valid(root, on_corrupt=set_aside))
+    return on_rank0(lambda: newest_valid(root, on_corrupt=set_aside, workers=os.cpu_count() or 1))
 
 
 def load_checkpoint(engine: ShardSink, checkpoint: Path, *, same_layout: bool) -> Manifest:

@@ -10,9 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
@@ -24,16 +27,11 @@ from moe.durable import free_bytes
 from moe.errors import InputError
 
 
-class InProcessShardWriter(SaveShardedStrategy):
-    """A strategy for `dist_checkpointing.save`."""
+class InProcessShardWriter(TorchDistSaveShardedStrategy):
+    """A strategy for `dist_checkpointing.save`. It writes tensors only; see moe.model.build.sharded_state."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """Only tensors are saved; see moe.model.build.sharded_state."""
-        return True
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
         """Write this rank's main replicas into one file and rank 0 the `.metadata`; collective.
@@ -41,6 +39,12 @@ class InProcessShardWriter(SaveShardedStrategy):
         Raises:
             InputError: a rank could not write; on every rank.
         """
+        # From 0.19 Megatron hands over what is not sharded (for us nothing) as a pickle among the shards; up
+        # to 0.16 it wrote `common.pt`, which every version reads.
+        sharded_state_dict.pop("common_state", None)
+        common = Path(checkpoint_dir) / COMMON_STATE_FNAME
+        if dist.get_rank() == 0 and not common.exists():
+            torch.save({}, common)
         tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         try:
             save(

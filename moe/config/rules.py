@@ -76,7 +76,7 @@ def _world(world: int, tp: int, pp: int, cp: int) -> str | None:
         return None
     return (
         f"{world} rank(s) cannot be split into tp*pp*cp = {tp}*{pp}*{cp} = {need}; "
-        f"use --nproc with a multiple of {need}"
+        f"use --nproc with a multiple of {need} or smaller parallel.tp, pp, cp"
     )
 
 

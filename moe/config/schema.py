@@ -152,7 +152,7 @@ class EngineSection(Section):
 class CheckpointSection(Section):
     """When checkpoints are written and how many stay."""
 
-    interval: CountOrZero = 0  # steps; 0: only at the end
+    interval: CountOrZero = 100  # steps; 0: only at the end
     keep: Count = 2
 
 

@@ -63,6 +63,12 @@ class MegatronEngine:
         """
         self.config = config
         self._undo = contextlib.ExitStack()
+        with contextlib.ExitStack() as undo_on_error:
+            undo_on_error.push(self._undo)
+            self._start(config)
+            undo_on_error.pop_all()
+
+    def _start(self, config: RunConfig) -> None:
         self._undo.enter_context(without_cuda())
         self.torch_device = _choose_device(config.engine.device)
         self._join(config)
@@ -74,6 +80,7 @@ class MegatronEngine:
             expert_model_parallel_size=parallel.ep,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=config.engine.timeout_s / 60,
         )
         self._undo.callback(parallel_state.destroy_model_parallel)
         model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
@@ -86,7 +93,7 @@ class MegatronEngine:
         self._build(config)
 
     def _join(self, config: RunConfig) -> None:
-        backend = "cpu:gloo,cuda:nccl" if self.torch_device.type == "cuda" else "gloo"
+        backend = "nccl" if self.torch_device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=config.engine.timeout_s)
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
@@ -146,7 +153,8 @@ class MegatronEngine:
         _, grad_norm, _ = self.optimizer.step()
         if grad_norm is not None and not math.isfinite(grad_norm):
             raise TrainingDivergedError(
-                f"gradient norm is {grad_norm}; lower optim.lr or resume from a checkpoint"
+                f"gradient norm is {grad_norm}, and the update has spread it. "
+                "Lower optim.lr and resume from a checkpoint"
             )
         counts_LE = self._reduce_counts()
         return StepResult(loss, balance, z, float(grad_norm or 0.0), counts_LE)
@@ -245,11 +253,17 @@ class MegatronEngine:
         loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))
         self.model.load_state_dict(loaded["model"])
         for index, optimizer in enumerate(self._optimizers()):
-            optimizer.load_parameter_state_from_fully_reshardable(loaded["optimizer"][str(index)])
+            # A stage without experts has an empty expert optimizer, of which a checkpoint may hold nothing.
+            optimizer.load_parameter_state_from_fully_reshardable(loaded["optimizer"].get(str(index), {}))
         # Updates so far, for Adam's bias correction. torch keeps them beside each parameter, not in the group
         # where Megatron's own state dict looks for them, so they travel in our manifest instead.
         for state in moments:
             state["step"] = torch.tensor(float(step))
+        for optimizer in self._optimizers():
+            if not isinstance(optimizer.optimizer, torch.optim.AdamW):
+                # Apex's and Transformer Engine's FusedAdam, which Megatron prefers, count in the group.
+                for group in optimizer.optimizer.param_groups:
+                    group["step"] = step
 
     def rng_state(self) -> dict[str, Tensor]:
         """See Engine."""
@@ -330,6 +344,12 @@ def _choose_device(name: str) -> torch.device:
         )
     if not available:
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise InputError(
+            f"rank {index} of this machine has no GPU of its own: {count} visible. "
+            f"Start at most {count} ranks, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device

@@ -6,13 +6,18 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 
-from moe.errors import MoeError, RankLostError
+from moe.errors import MoeError, RankLostError, RunInterruptedError
 
 # The first rank to fail is noticed after at most this long; then the others are ended.
 MONITOR_INTERVAL_S = 0.1
+PARENT_CHECK_INTERVAL_S = 1.0
+
+INTERRUPTED = "interrupted; continue from the newest checkpoint with `moe resume`"
 
 
 class RankFailedError(MoeError):
@@ -41,7 +46,9 @@ def launch_local(module: str, arguments: Sequence[str], *, num_ranks: int) -> No
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own message says it
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # our own message says it
     _set_defaults(num_ranks)
     config = LaunchConfig(
         min_nodes=1,
@@ -58,7 +65,7 @@ def launch_local(module: str, arguments: Sequence[str], *, num_ranks: int) -> No
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
     except SignalException as error:  # Ctrl-C or SIGTERM to this process; the ranks were ended
-        raise KeyboardInterrupt from error
+        raise RunInterruptedError(INTERRUPTED) from error
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         pids = {rank: failure.pid for rank, failure in error.failures.items()}
@@ -90,3 +97,19 @@ def _set_defaults(num_ranks: int) -> None:
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing of a local job listens to the network
+
+
+def end_with_parent() -> None:
+    """End this rank when the process that started it is gone.
+
+    A launcher that is killed cannot end its ranks; left alone they would go on writing into a folder that a
+    resumed run writes into as well.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_CHECK_INTERVAL_S)
+        os._exit(RankLostError.exit_code)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()

@@ -11,10 +11,12 @@ import contextlib
 import os
 import queue
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from moe.durable import write_atomically
 from moe.metering.jsonl import METRICS_FILE, StepLog
 from moe.metering.report import Report
 
@@ -183,6 +185,9 @@ class WandbSink:
             config=config,
             dir=str(self._run_dir),
             mode=self._mode,
+            id=_run_id(self._run_dir),
+            # Offline, wandb only warns of it; the shared id joins the starts of a run when they are uploaded.
+            resume="allow" if self._mode == "online" else None,
             settings=self._wandb.Settings(
                 silent=True,
                 console="off",
@@ -201,6 +206,14 @@ class WandbSink:
         if report is not None:
             self._run.summary.update(report.model_dump())
         self._run.finish(exit_code=0 if report is not None else 1)
+
+
+def _run_id(run_dir: Path) -> str:
+    """One id for all starts of a run, kept in its folder."""
+    path = run_dir / "wandb" / "id.txt"
+    if not path.exists():
+        write_atomically(path, uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _kill_helper_soon() -> None:

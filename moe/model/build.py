@@ -81,6 +81,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         qk_head_dim=attention.qk_nope_head_dim,
         qk_pos_emb_head_dim=attention.qk_rope_head_dim,
         v_head_dim=attention.v_head_dim,
+        qk_layernorm=True,  # the norms of the compressed queries and keys
         rope_type="rope",
         rotary_base=attention.rope_base,
     )
@@ -110,7 +111,7 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, *, num_microb
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.data.seq_length,
         position_embedding_type="rope",
-        rotary_base=int(config.model.attention.rope_base),
+        rotary_base=config.model.attention.rope_base,
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         pre_process=pp_rank == 0,
         post_process=pp_rank == pp_size - 1,

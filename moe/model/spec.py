@@ -114,7 +114,7 @@ def _gqa_spec() -> ModuleSpec:
 
 
 def _mla_spec(model: ModelSection) -> ModuleSpec:
-    if not isinstance(multi_latent_attention.TELinear, type):
+    if multi_latent_attention.HAVE_TE and not isinstance(multi_latent_attention.TELinear, type):
         # megatron-core 0.16.1 believes that Transformer Engine is present whenever its own wrappers import,
         # and asks isinstance(layer, TELinear) of the mock that stands for the absent class.
         multi_latent_attention.HAVE_TE = False

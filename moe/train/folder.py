@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,19 @@ from moe.checkpoint.manifest import read_manifest
 from moe.checkpoint.store import list_complete
 from moe.config import RunConfig, load_config
 from moe.errors import CorruptCheckpointError, InputError
+from moe.metering.jsonl import METRICS_FILE, read_step_log
 
 CONFIG_FILE = "config.yaml"
+STARTS_FILE = "starts.jsonl"
 
 # A run that changed one of these on the way would be another run under the same name.
-FIXED = ("model", "data", "run.name", "run.seed", "train.global_batch_size", "train.precision")
+FIXED = ("model", "data.seq_length", "run.name", "run.seed", "train.global_batch_size", "train.precision")
 
 
 def choose_run_dir(config: RunConfig, wanted: Path | None, *, under_torchrun: bool) -> Path:
     """Where a new run goes: the folder asked for, else the first free of name, name-2, name-3, ...
 
-    Under torchrun every rank chooses by itself, so the plain name is taken; `refuse_existing` is asked later.
+    Under torchrun every rank chooses by itself, so the plain name is taken; `refuse_existing` comes later.
     """
     default = config.run.root / config.run.name
     if wanted is None and not under_torchrun:
@@ -37,10 +40,15 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 
 def refuse_existing(run_dir: Path) -> None:
-    """Raise InputError if the folder already holds a run."""
-    if (run_dir / CONFIG_FILE).exists():
+    """Raise InputError if the folder holds a run that did a step; anything less may be replaced."""
+    if list_complete(run_dir / "checkpoints"):
         raise InputError(
             f"{run_dir} already holds a run; continue it with `moe resume {run_dir}` "
+            "or choose another --run-dir"
+        )
+    if (run_dir / METRICS_FILE).exists():
+        raise InputError(
+            f"{run_dir} holds a run that ended before its first checkpoint; remove the folder "
             "or choose another --run-dir"
         )
 
@@ -75,4 +83,31 @@ def ranks_of_newest(run_dir: Path) -> int:
             return int(str(read_manifest(checkpoint).state["world_size"]))
         except CorruptCheckpointError:
             continue  # loading will name it and fall back, too
-    raise InputError(f"{run_dir} has no complete checkpoint to resume from; start again with `moe train`")
+    raise InputError(
+        f"{run_dir} has no complete checkpoint to resume from; start again with `moe train` "
+        "and another --run-dir"
+    )
+
+
+def log_start(run_dir: Path, *, step: int, energy_j: float, wall_s: float) -> None:
+    """Add a line to starts.jsonl: where a start of the run begins, and what was spent before it."""
+    line = json.dumps({"step": step, "energy_j": energy_j, "wall_s": wall_s})
+    with (run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def spent_before(run_dir: Path) -> tuple[float, float]:
+    """Joules and seconds of all earlier starts, steps that will be done again included.
+
+    The metrics lose the lines of such steps when they are done again; starts.jsonl keeps what they cost.
+    """
+    records = [
+        record
+        for name in (METRICS_FILE, STARTS_FILE)
+        if (run_dir / name).exists()
+        for record in read_step_log(run_dir / name)
+    ]
+    return (
+        max((record.get("energy_j") or 0.0 for record in records), default=0.0),
+        max((record.get("wall_s") or 0.0 for record in records), default=0.0),
+    )

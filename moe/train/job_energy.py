@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import os
 import socket
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from moe.config.schema import EnergySection
 from moe.metering.choose import choose_meter
-from moe.metering.energy import EnergyMeter, EnergyMeterError
-from moe.metering.estimate import PowerModel
+from moe.metering.energy import Boundary, EnergyMeter, EnergyMeterError, Source
+from moe.metering.estimate import PowerModel, server_power_model
 from moe.metering.report import Energy
 from moe.ranks import on_every_rank
 
@@ -20,30 +21,39 @@ from moe.ranks import on_every_rank
 class JobEnergy:
     """Cumulative joules of all machines since it was opened. Every method is collective."""
 
-    def __init__(self, settings: EnergySection, device: torch.device) -> None:
+    def __init__(self, settings: EnergySection, device: torch.device, note: Callable[[str], None]) -> None:
         """Open one meter on each machine.
+
+        Args:
+            settings: which meter, and the constants of an estimate.
+            device: of this rank.
+            note: told when a meter of this machine fails during the run.
 
         Raises:
             InputError: the meter that the config names cannot run on a machine.
         """
         self._device = device
+        self._note = note
         on_gpu = device.type == "cuda"
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if on_gpu else ""
         host = socket.gethostname()
         members = on_every_rank(lambda: (host, os.getpid(), uuid))
         here = [member for member in members if member[0] == host]
         self._meter: EnergyMeter | None = None
-        if here[0][1] == os.getpid():  # the first rank of this machine reads for all
+
+        def open_here() -> tuple[Source, Boundary, str, float | None] | None:
+            if here[0][1] != os.getpid():  # the first rank of a machine reads for all of it
+                return None
             self._meter = choose_meter(
                 settings.meter,
                 gpu_uuids=[member[2] for member in here if member[2]],
                 pids=[member[1] for member in here],
                 power_model=_power_model(settings, num_gpus=sum(1 for member in here if member[2])),
             )
-        meter = self._meter
-        described = on_every_rank(
-            lambda: None if meter is None else (meter.source, meter.boundary, meter.description, meter.idle_w)
-        )
+            meter = self._meter
+            return meter.source, meter.boundary, meter.description, meter.idle_w
+
+        described = on_every_rank(open_here)
         meters = [item for item in described if item is not None]
         self.source, self.boundary, self.description, _ = meters[0]
         idle_w = [item[3] for item in meters if item[3] is not None]
@@ -59,6 +69,7 @@ class JobEnergy:
                 joules = self._meter.read().energy_j
             except EnergyMeterError as error:
                 self.failure = str(error)
+                self._note(f"the energy of this run is unknown from here on: {error}")
         if self.failure is not None:
             joules = math.nan
         total = torch.tensor([joules], dtype=torch.float64, device=self._device)
@@ -82,13 +93,9 @@ class JobEnergy:
 
 
 def _power_model(settings: EnergySection, num_gpus: int) -> PowerModel:
-    cpus = os.cpu_count() or 1
-    return PowerModel(
-        idle_w=settings.idle_w_per_cpu * cpus,
-        active_w_per_core=settings.full_w_per_cpu - settings.idle_w_per_cpu,
+    return server_power_model(
+        os.cpu_count() or 1,
+        idle_w_per_cpu=settings.idle_w_per_cpu,
+        full_w_per_cpu=settings.full_w_per_cpu,
         gpu_w=settings.gpu_w * num_gpus,
-        provenance=(
-            f"energy.idle_w_per_cpu={settings.idle_w_per_cpu:g} and energy.full_w_per_cpu="
-            f"{settings.full_w_per_cpu:g} for {cpus} logical CPUs of the machine"
-        ),
     )

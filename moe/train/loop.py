@@ -16,11 +16,10 @@ from moe.config.schema import RunConfig
 from moe.data.dataset import TokenDataset, batch_for
 from moe.data.sampler import microbatch_indices
 from moe.engine.base import Batch, Engine, EvalResult, StepResult
-from moe.metering.jsonl import EXPERT_LOAD_FILE, StepLog
+from moe.metering.jsonl import StepLog
 from moe.metering.router_stats import router_stats
 from moe.metering.sinks import Sink
 from moe.metering.throughput import StepClock
-from moe.ranks import on_rank0
 from moe.train.job_energy import JobEnergy
 from moe.train.schedule import learning_rate
 
@@ -52,6 +51,7 @@ class Loop:
         token_bytes_V: torch.Tensor,
         energy: JobEnergy,
         sinks: Sequence[Sink],
+        loads: StepLog | None,
         progress: Progress,
     ) -> None:
         self.config = config
@@ -62,11 +62,9 @@ class Loop:
         self.energy = energy
         self.sinks = sinks
         self.progress = progress
+        self.loads = loads
         self._energy_base_j = progress.energy_j
         self._wall_base_s = progress.wall_s
-        self._loads: StepLog | None = None
-        if engine.rank == 0:
-            self._loads = StepLog(run_dir / EXPERT_LOAD_FILE, resume_step=progress.step)
 
     def run(self, on_step: Callable[[int], None] | None = None) -> Progress:
         """Train to train.steps; evaluate and save at the configured intervals and at the end.
@@ -81,6 +79,7 @@ class Loop:
         config, progress = self.config, self.progress
         self._started_s = time.monotonic()
         self._read_energy()
+        self._logged = (progress.energy_j, progress.wall_s)
         clock = StepClock(config.train.steps - progress.step)
         while progress.step < config.train.steps:
             lr = learning_rate(progress.step, config.optim, config.train.steps)
@@ -94,6 +93,7 @@ class Loop:
                 self._save()
             if on_step is not None:
                 on_step(progress.step)
+        self._read_energy()  # the last checkpoint belongs to the run
         return progress
 
     def _due(self, interval: int) -> bool:
@@ -114,9 +114,11 @@ class Loop:
 
     def _record(self, result: StepResult, lr: float, clock: StepClock) -> dict[str, Any]:
         progress = self.progress
-        before_j, before_s = progress.energy_j, progress.wall_s
+        before_j, before_s = self._logged
         self._read_energy()
+        self._logged = (progress.energy_j, progress.wall_s)
         elapsed_s = max(progress.wall_s - before_s, 1e-9)
+        metered = math.isfinite(progress.energy_j)
         pace = clock.tick(self.config.train.global_batch_size * self.config.data.seq_length)
         return {
             "step": progress.step,
@@ -126,15 +128,16 @@ class Loop:
             "tokens_per_s": pace.tokens_per_s,
             "lr": lr,
             "expert_load_max_over_mean": router_stats(result.counts_LE.numpy()).load_max_over_mean,
-            "energy_j": progress.energy_j,
-            "power_w": (progress.energy_j - before_j) / elapsed_s,
+            "energy_j": progress.energy_j if metered else None,
+            "power_w": (progress.energy_j - before_j) / elapsed_s if metered else None,
+            "wall_s": progress.wall_s,
             "balance_loss": result.balance_loss,
             "z_loss": result.z_loss,
         }
 
     def _log(self, record: dict[str, Any], result: StepResult) -> None:
-        if self._loads is not None:
-            self._loads.write({"step": record["step"], "counts": result.counts_LE.tolist()})
+        if self.loads is not None:
+            self.loads.write({"step": record["step"], "counts": result.counts_LE.tolist()})
         for sink in self.sinks:
             sink.log(record)
 
@@ -183,12 +186,6 @@ class Loop:
         }
         root = self.run_dir / "checkpoints"
         save_checkpoint(self.engine, root, self.progress.step, state, keep=self.config.checkpoint.keep)
-
-    def close(self) -> None:
-        """Close the files of this loop; collective."""
-        if self._loads is not None:
-            self._loads.close()
-        on_rank0(lambda: None)
 
 
 def bits_per_byte(result: EvalResult) -> float:

@@ -5,31 +5,33 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from moe.checkpoint.load import find_checkpoint, load_checkpoint
+from moe.checkpoint.manifest import read_manifest
 from moe.config.load import dump_config
 from moe.config.schema import RunConfig
+from moe.data.dataset import TokenDataset, build_gpt_datasets
 from moe.data.tokenizer import Tokenizer
 from moe.durable import write_atomically
 from moe.engine.base import Engine
-from moe.errors import MoeError
 from moe.metering.console import ConsoleSink
 from moe.metering.flops import flops_per_token, params_active
-from moe.metering.jsonl import METRICS_FILE, read_step_log
+from moe.metering.jsonl import EXPERT_LOAD_FILE, StepLog
 from moe.metering.model_shape import model_shape
 from moe.metering.report import Layout, Report, write_report
 from moe.metering.sinks import JsonlSink, Sink, WandbSink
 from moe.ranks import on_rank0
-from moe.train.folder import CONFIG_FILE, refuse_existing
-from moe.train.inputs import find_inputs
+from moe.train.folder import CONFIG_FILE, log_start, refuse_existing, spent_before
+from moe.train.inputs import Inputs, find_inputs
 from moe.train.job_energy import JobEnergy
 from moe.train.loop import Loop, Progress, progress_from
 
@@ -61,14 +63,85 @@ def run_job(config: RunConfig, options: RunOptions) -> Report | None:
 
 def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | None:
     run_dir, note = options.run_dir, options.note
-    on_rank0(lambda: _open_folder(run_dir, config, resume=options.resume))
+    if not options.resume:
+        on_rank0(lambda: _open_folder(run_dir, config))
     if engine.rank == 0:
         note(_introduction(config, engine, run_dir))
     inputs = on_rank0(lambda: find_inputs(config, note))
     tokenizer = Tokenizer.load(inputs.tokenizer)
-    from moe.data.dataset import build_gpt_datasets
+    datasets = _build_datasets(config, inputs, tokenizer)
+    progress = _restore(engine, run_dir, note) if options.resume else Progress()
+    energy = JobEnergy(config.energy, engine.torch_device, note)
+    outputs = Outputs()
+    try:
+        on_rank0(lambda: outputs.open(config, run_dir, energy, progress, note))
+        loop = Loop(
+            config,
+            run_dir,
+            engine,
+            datasets=datasets,
+            token_bytes_V=torch.from_numpy(tokenizer.token_bytes()),
+            energy=energy,
+            sinks=outputs.sinks,
+            loads=outputs.loads,
+            progress=progress,
+        )
+        loop.run()
+        outputs.report = make_report(config, engine, energy, progress)
+        on_rank0(lambda: outputs.write_report(run_dir, note))
+    finally:
+        energy.close()
+        outputs.close()
+    return outputs.report if engine.rank == 0 else None
 
-    datasets = build_gpt_datasets(
+
+@dataclass
+class Outputs:
+    """What rank 0 writes during a run; empty on the other ranks."""
+
+    sinks: list[Sink] = field(default_factory=list)
+    loads: StepLog | None = None
+    report: Report | None = None
+
+    def open(
+        self, config: RunConfig, run_dir: Path, energy: JobEnergy, progress: Progress, note: Note
+    ) -> None:
+        """Open every file and tracker; the run's config is replaced only now that nothing else can fail.
+
+        Raises:
+            InputError: a log of an earlier start is damaged.
+        """
+        note(f"energy: {energy.description}")
+        self.loads = StepLog(run_dir / EXPERT_LOAD_FILE, resume_step=progress.step)
+        jsonl = JsonlSink(run_dir, resume_step=progress.step)
+        self.sinks = [_console(config, energy, progress), jsonl, _wandb(config, run_dir, note)]
+        write_atomically(run_dir / CONFIG_FILE, dump_config(config))
+        log_start(run_dir, step=progress.step, energy_j=progress.energy_j, wall_s=progress.wall_s)
+        for sink in self.sinks:
+            sink.start(config.model_dump(mode="json"), config.train.steps)
+
+    def write_report(self, run_dir: Path, note: Note) -> None:
+        """Write report.json and the pictures."""
+        assert self.report is not None
+        write_report(run_dir / "report.json", self.report)
+        note(f"report: {run_dir / 'report.json'}")
+        from moe.metering.plots import plot_run
+
+        for path in plot_run(run_dir):
+            note(f"plot: {path}")
+
+    def close(self) -> None:
+        """Close files and trackers; without a report the run did not reach its end."""
+        for sink in self.sinks:
+            sink.finish(self.report)
+        if self.loads is not None:
+            self.loads.close()
+
+
+def _build_datasets(
+    config: RunConfig, inputs: Inputs, tokenizer: Tokenizer
+) -> tuple[TokenDataset, TokenDataset]:
+    return build_gpt_datasets(
         train=inputs.train,
         heldout=inputs.heldout,
         seq_length=config.data.seq_length,
@@ -78,38 +151,19 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
         seed=config.run.seed,
         cache_dir=inputs.cache_dir / "indices",
     )
-    progress = _restore(engine, run_dir, note) if options.resume else Progress()
-    energy = JobEnergy(config.energy, engine.torch_device)
-    sinks = _open_sinks(config, run_dir, energy, progress, note) if engine.rank == 0 else []
-    token_bytes_V = torch.from_numpy(tokenizer.token_bytes())
-    loop = Loop(
-        config,
-        run_dir,
-        engine,
-        datasets=datasets,
-        token_bytes_V=token_bytes_V,
-        energy=energy,
-        sinks=sinks,
-        progress=progress,
+
+
+def _console(config: RunConfig, energy: JobEnergy, progress: Progress) -> ConsoleSink:
+    return ConsoleSink(
+        estimated=energy.estimated, log_interval=config.train.log_interval, done_steps=progress.step
     )
-    report: Report | None = None
-    for sink in sinks:
-        sink.start(config.model_dump(mode="json"), config.train.steps)
-    try:
-        loop.run()
-        report = make_report(config, engine, energy, progress)
-        if engine.rank == 0:
-            write_report(run_dir / "report.json", report)
-            note(f"report: {run_dir / 'report.json'}")
-    finally:
-        energy.close()
-        for sink in sinks:
-            sink.finish(report)
-    loop.close()
-    if engine.rank != 0:
-        return None
-    _plot(run_dir, note)
-    return report
+
+
+def _wandb(config: RunConfig, run_dir: Path, note: Note) -> WandbSink:
+    tracking = config.tracking
+    return WandbSink(
+        run_dir, project=tracking.project, run_name=config.run.name, warn=note, mode=tracking.wandb
+    )
 
 
 def _introduction(config: RunConfig, engine: Engine, run_dir: Path) -> str:
@@ -131,55 +185,29 @@ def _seed_everything(config: RunConfig) -> None:
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)  # what libraries draw from the global generator
     torch.manual_seed(config.run.seed)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses determinism without it
     torch.use_deterministic_algorithms(config.run.deterministic)
 
 
-def _open_folder(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
-    if not resume:
-        refuse_existing(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
+def _open_folder(run_dir: Path, config: RunConfig) -> None:
+    refuse_existing(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / CONFIG_FILE, dump_config(config))
 
 
 def _restore(engine: Engine, run_dir: Path, note: Note) -> Progress:
     checkpoint = find_checkpoint(run_dir / "checkpoints", note)
-    from moe.checkpoint.manifest import read_manifest
-
     written = read_manifest(checkpoint).state
     same = written["layout"] == engine.layout.as_dict() and written["world_size"] == engine.world_size
     manifest = load_checkpoint(engine, checkpoint, same_layout=same)
     progress = progress_from(manifest.state)
-    # Steps after the checkpoint are done again; the energy of their first time was spent all the same.
-    spent_j = on_rank0(lambda: _last_energy_j(run_dir / METRICS_FILE))
-    progress.energy_j = max(progress.energy_j, spent_j)
+    # Steps after the checkpoint are done again; what their first time took was spent all the same.
+    spent_j, spent_s = on_rank0(lambda: spent_before(run_dir))
+    progress.energy_j, progress.wall_s = max(progress.energy_j, spent_j), max(progress.wall_s, spent_s)
     if engine.rank == 0:
         note(f"resuming from {checkpoint} at step {progress.step}" + ("" if same else ", in another layout"))
     return progress
-
-
-def _last_energy_j(metrics: Path) -> float:
-    if not metrics.exists():
-        return 0.0
-    return max((record.get("energy_j") or 0.0 for record in read_step_log(metrics)), default=0.0)
-
-
-def _open_sinks(
-    config: RunConfig, run_dir: Path, energy: JobEnergy, progress: Progress, note: Note
-) -> list[Sink]:
-    note(f"energy: {energy.description}")
-    return [
-        ConsoleSink(
-            estimated=energy.estimated, log_interval=config.train.log_interval, done_steps=progress.step
-        ),
-        JsonlSink(run_dir, resume_step=progress.step),
-        WandbSink(
-            run_dir,
-            project=config.tracking.project,
-            run_name=config.run.name,
-            warn=note,
-            mode=config.tracking.wandb,
-        ),
-    ]
 
 
 def make_report(config: RunConfig, engine: Engine, energy: JobEnergy, progress: Progress) -> Report:
@@ -203,7 +231,7 @@ def make_report(config: RunConfig, engine: Engine, energy: JobEnergy, progress: 
         engine=config.engine.name,
         device=engine.device,
         energy=energy.report(progress.energy_j),
-        tokens_per_j=progress.tokens / progress.energy_j if progress.energy_j else None,
+        tokens_per_j=progress.tokens / progress.energy_j if progress.energy_j > 0 else None,
     )
 
 
@@ -215,13 +243,3 @@ def _git_commit() -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _plot(run_dir: Path, note: Note) -> None:
-    from moe.metering.plots import plot_run
-
-    try:
-        for path in plot_run(run_dir):
-            note(f"plot: {path}")
-    except MoeError as error:
-        note(f"no plots: {error}")

@@ -196,10 +196,17 @@ def test_bf16_follows_fp32_and_keeps_fp32_main_parameters(pool: RankPool, tmp_pa
     [
         ("fp32", (4, ("parallel.tp=2", "parallel.ep=2")), (4, ("parallel.pp=2", "parallel.ep=2"))),
         ("fp32", (2, ("parallel.pp=2",)), (4, ("parallel.tp=4",))),
+        ("fp32", (1, ()), (4, ("parallel.pp=4",))),
         ("bf16", (1, ()), (4, ("parallel.tp=2", "parallel.ep=4"))),
         ("bf16", (4, ("parallel.ep=4",)), (1, ())),
     ],
-    ids=["tp2ep2 to pp2ep2", "pp2 to tp4", "bf16 1 to tp2ep4", "bf16 ep4 to 1"],
+    ids=[
+        "tp2ep2 to pp2ep2",
+        "pp2 to tp4",
+        "1 to pp4 with a stage without experts",
+        "bf16 1 to tp2ep4",
+        "bf16 ep4 to 1",
+    ],
 )
 def test_reshard_changes_no_byte(
     pool: RankPool, tmp_path: Path, precision: str, before: Any, after: Any

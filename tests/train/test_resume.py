@@ -9,10 +9,9 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from checkpoint_tensors import assert_bit_equal, tensors
-from train_runs import command, environment, losses, metrics, run, train_command
+from train_runs import command, environment, losses, rank_process, run, train_command, wait_for_step
 
 from moe.checkpoint.manifest import verify
 from moe.errors import CorruptCheckpointError
@@ -57,22 +56,6 @@ def test_resume_in_another_layout_goes_on_with_the_same_losses(
     assert "in another layout" in output
     assert losses(copy)[10] == pytest.approx(losses(reference_run)[10], rel=1e-6)
     assert losses(copy) == pytest.approx(losses(reference_run), rel=1e-3)
-
-
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline_s = time.monotonic() + 120
-    while time.monotonic() < deadline_s and process.poll() is None:
-        if (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir)) >= step:
-            return
-        time.sleep(0.05)
-    pytest.fail(f"the run did not reach step {step}: {process.communicate()}")
-
-
-def rank_process(launcher: int, rank: int) -> psutil.Process:
-    for child in psutil.Process(launcher).children(recursive=True):
-        if child.environ().get("RANK") == str(rank):
-            return child
-    pytest.fail(f"no process of rank {rank}")
 
 
 def test_killed_rank_is_named_and_resume_is_bit_equal(tmp_path: Path) -> None:
