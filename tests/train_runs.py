@@ -38,11 +38,11 @@ TINY = (
 
 
 def environment() -> dict[str, str]:
-    """What a shell has, less what an outer job would add; one thread a rank on two shared cores."""
+    """What a shell has, less what an outer job or pytest added; one thread a rank on two shared cores."""
     kept = {
         key: value
         for key, value in os.environ.items()
-        if not key.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))
+        if not key.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "TRITON_INTERPRET"))
     }
     # On a machine with GPUs too: these tests are about several ranks on one machine.
     return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

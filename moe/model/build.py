@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from moe.config.schema import RunConfig
 from moe.model.init import init_weights, mark_tensor_parallel
 from moe.model.moe_adapter import MoEGroups
-from moe.model.spec import RMSNorm, layer_spec
+from moe.model.norm import RMSNorm
+from moe.model.spec import layer_spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -71,20 +72,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         "use_cpu_initialization": True,
         "perform_initialization": False,  # init_weights does it
     }
-    if attention.kind == "gqa":
-        return TransformerConfig(**settings)
-    return MLATransformerConfig(
-        **settings,
-        multi_latent_attention=True,
-        q_lora_rank=attention.q_lora_rank or None,
-        kv_lora_rank=attention.kv_lora_rank,
-        qk_head_dim=attention.qk_nope_head_dim,
-        qk_pos_emb_head_dim=attention.qk_rope_head_dim,
-        v_head_dim=attention.v_head_dim,
-        qk_layernorm=True,  # the norms of the compressed queries and keys
-        rope_type="rope",
-        rotary_base=attention.rope_base,
-    )
+    return TransformerConfig(**settings)
 
 
 def build_model(config: RunConfig, groups: ProcessGroupCollection, *, num_microbatches: int) -> GPTModel:
@@ -110,7 +98,8 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, *, num_microb
         TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.data.seq_length,
-        position_embedding_type="rope",
+        # Latent attention rotates by itself.
+        position_embedding_type="rope" if config.model.attention.kind == "gqa" else "none",
         rotary_base=config.model.attention.rope_base,
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         pre_process=pp_rank == 0,

@@ -1,0 +1,102 @@
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1) for tensor and sequence parallelism.
+
+Our own, because megatron-core's needs Transformer Engine: without it, 0.16.1 leaves the gradient of the rotary
+key, which all heads share, to the heads of one rank, and 0.19 does not build.
+
+Shapes: S sequence, s positions of this rank (S / tp), B batch, D model, H heads, h heads of this rank; n and r
+are the parts of a query-key head without and with rotation, d = n + r, v value head, c compressed size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moe.config.schema import AttentionSection
+from moe.model.norm import ReplicatedLinear, RMSNorm
+from moe.model.sdpa import causal_attention
+
+
+class LatentAttention(MegatronModule):
+    """Keys and values from a compressed representation, queries too if asked; one rotary key for all heads.
+
+    The compressions are small and whole on every rank; the projections to heads are split over tp.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        attention: AttentionSection,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
+    ) -> None:
+        super().__init__(config)
+        self.sizes = attention
+        self.tp_group = pg_collection.tp
+        H, D = attention.num_heads, config.hidden_size
+        qk_head_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+        column = {
+            "config": config,
+            "init_method": config.init_method,
+            "bias": False,
+            "tp_group": self.tp_group,
+        }
+        self.linear_q_down: ReplicatedLinear | None = None
+        if attention.q_lora_rank:
+            self.linear_q_down = ReplicatedLinear(config, D, attention.q_lora_rank)
+            self.q_layernorm = RMSNorm(config, attention.q_lora_rank, config.layernorm_epsilon)
+        self.linear_q_up = ColumnParallelLinear(
+            attention.q_lora_rank or D, H * qk_head_dim, gather_output=False, **column
+        )
+        self.linear_kv_down = ReplicatedLinear(config, D, attention.kv_lora_rank + attention.qk_rope_head_dim)
+        self.kv_layernorm = RMSNorm(config, attention.kv_lora_rank, config.layernorm_epsilon)
+        self.linear_kv_up = ColumnParallelLinear(
+            attention.kv_lora_rank,
+            H * (attention.qk_nope_head_dim + attention.v_head_dim),
+            gather_output=False,
+            **column,
+        )
+        self.linear_proj = RowParallelLinear(
+            H * attention.v_head_dim, D, input_is_parallel=True, skip_bias_add=True, **column
+        )
+
+    def forward(self, x_sBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """(output of the shape of x, no bias); causal whatever mask Megatron passes."""
+        n, r, v = self.sizes.qk_nope_head_dim, self.sizes.qk_rope_head_dim, self.sizes.v_head_dim
+        q_input = x_sBD if self.linear_q_down is None else self.q_layernorm(self.linear_q_down(x_sBD))
+        q_SBhd, _ = self.linear_q_up(q_input)
+        q_SBhd = q_SBhd.unflatten(-1, (-1, n + r))
+        c_sBc, k_rope_sBr = self.linear_kv_down(x_sBD).split([self.sizes.kv_lora_rank, r], dim=-1)
+        kv_SBhd, _ = self.linear_kv_up(self.kv_layernorm(c_sBc))
+        k_nope_SBhn, v_SBhv = kv_SBhd.unflatten(-1, (-1, n + v)).split([n, v], dim=-1)
+        if self.config.sequence_parallel:
+            # All positions forward; backward the sum over the heads of all ranks.
+            k_rope_sBr = gather_from_sequence_parallel_region(k_rope_sBr, group=self.tp_group)
+        k_rope_SBhr = rotate(k_rope_sBr.unsqueeze(2), self.sizes.rope_base).expand(*k_nope_SBhn.shape[:3], r)
+        q_nope_SBhn, q_rope_SBhr = q_SBhd.split([n, r], dim=-1)
+        q_SBhd = torch.cat([q_nope_SBhn, rotate(q_rope_SBhr, self.sizes.rope_base)], dim=-1)
+        k_SBhd = torch.cat([k_nope_SBhn, k_rope_SBhr], dim=-1)
+        output, _ = self.linear_proj(causal_attention(q_SBhd, k_SBhd, v_SBhv))
+        return output, None
+
+
+def rotate(x_SBHd: Tensor, base: float) -> Tensor:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864) of neighbouring pairs, angles in fp32.
+
+    Args:
+        x_SBHd: position s is the index of the first dimension; d is even.
+        base: the slowest pair turns by base**(-(d - 2) / d) a position.
+    """
+    S, d = x_SBHd.shape[0], x_SBHd.shape[-1]
+    exponent = torch.arange(0, d, 2, device=x_SBHd.device, dtype=torch.float32) / d
+    angle_Sd = torch.outer(torch.arange(S, device=x_SBHd.device, dtype=torch.float32), base**-exponent)
+    cos, sin = (t[:, None, None, :] for t in (angle_Sd.cos(), angle_Sd.sin()))
+    a, b = x_SBHd.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x_SBHd.dtype)
