@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
+# numpy computes the interpreter's blocks: one thread, set before numpy is imported, or a busy machine crawls.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import torch
+
+# Triton asks when it is imported, which happens in tests of kernels only.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,3 +42,14 @@ def poison_empty() -> Iterator[None]:
     """torch.empty holds NaN during the test."""
     with poisoned_empty():
         yield
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> str:
+    """Where Triton's kernels run: the GPU, or the CPU through the interpreter."""
+    if torch.cuda.is_available():
+        return "cuda"
+    from triton_interpreter import install
+
+    install()
+    return "cpu"

@@ -1,10 +1,10 @@
 """Multi-head latent attention (arXiv 2405.04434, section 2.1) for tensor and sequence parallelism.
 
-Our own, because megatron-core's needs Transformer Engine: without it, 0.16.1 leaves the gradient of the rotary
-key, which all heads share, to the heads of one rank, and 0.19 does not build.
+Our own, because megatron-core's needs Transformer Engine: without it, 0.16.1 leaves the gradient of the key
+part that all heads share to the heads of one rank, and 0.19 does not build.
 
-Shapes: S sequence, s positions of this rank (S / tp), B batch, D model, H heads, h heads of this rank; n and r
-are the parts of a query-key head without and with rotation, d = n + r, v value head, c compressed size.
+Shapes: S sequence, s positions of this rank (S / tp), B batch, D model, H heads, h heads of this rank; n, r the
+parts of a query-key head without and with rotation, d = n + r, v value head, c compressed size.
 """
 
 from __future__ import annotations
