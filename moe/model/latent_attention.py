@@ -3,8 +3,8 @@
 Our own, because megatron-core's needs Transformer Engine: without it, 0.16.1 leaves the gradient of the key
 part that all heads share to the heads of one rank, and 0.19 does not build.
 
-Shapes: S sequence, s positions of this rank (S / tp), B batch, D model, H heads, h heads of this rank; n, r the
-parts of a query-key head without and with rotation, d = n + r, v value head, c compressed size.
+Shapes: S sequence, s positions of this rank (S / tp), B batch, D model, H heads, h heads of this rank; n, r
+the parts of a query-key head without and with rotation, d = n + r, v value head, c compressed size.
 """
 
 from __future__ import annotations
