@@ -5,10 +5,12 @@ Heavy imports happen inside the verbs, so that help answers at once.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,6 +57,7 @@ app.add_typer(data_app, name="data")
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, for example optim.lr=3e-4.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a sentence.")]
 RunDir = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a run.")]
 
 
@@ -131,15 +134,18 @@ def resume(
 @app.command(epilog=_epilog("moe verify runs/quickstart/checkpoints/step_00000300"))
 def verify(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A step_NNNNNNNN folder.")],
+    as_json: AsJson = False,
 ) -> None:
     """Check every bit of a checkpoint."""
     from moe.checkpoint.manifest import verify as verify_files
 
     manifest = verify_files(checkpoint, workers=os.cpu_count() or 1)
     size_bytes = sum(entry.size_bytes for entry in manifest.files)
-    typer.echo(
+    facts = {"step": manifest.step, "files": len(manifest.files), "bytes": size_bytes, "intact": True}
+    sentence = (
         f"{checkpoint}: step {manifest.step}, {len(manifest.files)} files, {size_bytes:,} bytes, intact"
     )
+    typer.echo(json.dumps(facts) if as_json else sentence)
 
 
 @app.command(epilog=_epilog("moe plot runs/quickstart"))
@@ -159,15 +165,17 @@ def prepare(
     out: Annotated[Path, typer.Option(help="PREFIX of the PREFIX.bin and PREFIX.idx to write.")],
     tokenizer: Annotated[str, typer.Option(help="A tokenizer.json, or `bytes`.")],
     json_key: Annotated[str, typer.Option(help="Key of the text in JSONL lines.")] = "text",
+    as_json: AsJson = False,
 ) -> None:
     """Tokenise text into the .bin/.idx files that training reads."""
     from moe.data.prepare import prepare as prepare_files
     from moe.data.tokenizer import Tokenizer
 
     report = prepare_files(inputs, Tokenizer.load(tokenizer), out, json_key=json_key, on_progress=_note)
-    typer.echo(
+    sentence = (
         f"{out}: {report.documents:,} documents, {report.tokens:,} tokens, {report.bytes:,} bytes of text"
     )
+    typer.echo(json.dumps(asdict(report)) if as_json else sentence)
 
 
 @data_app.command(epilog=_epilog("moe data fetch handbook --out data/handbook"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -157,6 +158,8 @@ def test_intact_checkpoint_is_verified(tmp_path, checkpoint):
     done = _moe(tmp_path, "verify", checkpoint.name)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "step_00000007: step 7, 2 files, 21,000 bytes, intact\n"
+    facts = json.loads(_moe(tmp_path, "verify", checkpoint.name, "--json").stdout)
+    assert facts == {"step": 7, "files": 2, "bytes": 21_000, "intact": True}
 
 
 def test_one_flipped_bit_is_named(tmp_path, checkpoint):
@@ -193,6 +196,13 @@ def test_prepare_writes_what_it_says(tmp_path):
     written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     assert written["set.bin"] == 15 * 2  # uint16, an end-of-document id after each document
     assert {"set.bin", "set.idx"} <= written.keys()
+
+
+def test_prepare_as_json(tmp_path):
+    (tmp_path / "a.txt").write_text("Zwölf")
+    arguments = ("--input", "a.txt", "--tokenizer", "bytes", "--out", "set", "--json")
+    facts = json.loads(_moe(tmp_path, "data", "prepare", *arguments).stdout)
+    assert (facts["documents"], facts["tokens"], facts["bytes"]) == (1, 7, 6)
 
 
 def test_prepare_names_file_and_offset_of_bad_utf8(tmp_path):
