@@ -5,6 +5,8 @@ Shapes: R rows, D model, F expert hidden, G = 2F gate and up, e experts held her
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,10 +35,9 @@ def expert_mlp(x_RD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, ends_e: 
     h_RG = F.grouped_mm(x_RD, w_gate_up_eGD.transpose(1, 2), offs=ends_e)
     gate_RF, up_RF = h_RG.chunk(2, dim=-1)
     y_RD = F.grouped_mm(F.silu(gate_RF) * up_RF, w_down_eDF.transpose(1, 2), offs=ends_e)
-    if y_RD.requires_grad:
-        # grouped_mm's backward refuses an expanded gradient, such as the one of y.sum().
-        y_RD.register_hook(_dense)
-    return y_RD
+    # grouped_mm's backward refuses an expanded gradient, such as the one of y.sum().
+    out_RD: Tensor = _DenseGradient.apply(y_RD)  # type: ignore[no-untyped-call]
+    return out_RD
 
 
 def _check(x_RD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, ends_e: Tensor) -> None:
@@ -65,9 +66,16 @@ def _check(x_RD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, ends_e: Tens
         )
 
 
-def _dense(grad_RD: Tensor) -> Tensor:
-    # clone, not contiguous(): an empty tensor counts as contiguous whatever its strides.
-    dense_strides = (grad_RD.shape[1], 1)
-    if grad_RD.stride() == dense_strides:
-        return grad_RD
-    return grad_RD.clone(memory_format=torch.contiguous_format)
+class _DenseGradient(torch.autograd.Function):
+    """Identity whose gradient is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor) -> Tensor:
+        return y_RD.view_as(y_RD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> Tensor:
+        # By strides, not is_contiguous(): an empty tensor counts as contiguous whatever its strides.
+        if grad_RD.stride() == (grad_RD.shape[1], 1):
+            return grad_RD
+        return grad_RD.clone(memory_format=torch.contiguous_format)

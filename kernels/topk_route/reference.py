@@ -49,7 +49,7 @@ def topk_route_reference(
         else:
             weights_K = scores_E[best]
         rows.append(weights_K * scale)
-    weights_TK = torch.stack(rows) if rows else logits_TE.new_empty(0, top_k)
+    weights_TK = torch.stack(rows) if rows else logits_TE[:, :top_k]  # of no row; part of the graph
     counts_E = torch.tensor([int((ids_TK == e).sum()) for e in range(E)], device=logits_TE.device)
     return ids_TK, weights_TK, counts_E
 

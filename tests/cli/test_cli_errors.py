@@ -96,8 +96,13 @@ def test_the_watch_sees_a_started_process(tmp_path):
 
 
 def test_folder_that_holds_a_run_is_refused_before_anything_starts(tmp_path):
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "config.yaml").write_text("run: {name: other}\n")
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "metrics.jsonl").write_text('{"step": 1}\n')
+    message = _refused(tmp_path, 2, "train", QUICKSTART, "--run-dir", "stopped")
+    assert "stopped holds a run that ended before its first checkpoint" in message
+    checkpoint = tmp_path / "taken" / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
     message = _refused(tmp_path, 2, "train", QUICKSTART, "--run-dir", "taken")
     assert "taken already holds a run" in message
     assert "moe resume taken" in message

@@ -1,0 +1,98 @@
+"""permute_index's Triton backend: the interpreter (or a GPU) against the reference, and the compile gate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from compile_gate import Request, assert_fits, compile_in_subprocess
+
+from moe.kernels.permute_index import permute_index
+from moe.kernels.permute_index.reference import permute_index_reference
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+KERNELS = Path(__file__).parents[2] / "kernels" / "permute_index" / "triton_kernel.py"
+
+
+def ids_of(kind: str, N: int, E: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(N * E)
+    uniform_N = torch.randint(E, (N,), generator=generator)
+    coin_N = torch.rand(N, generator=generator)
+    sentinels_N = torch.where(coin_N < 0.05, -1, torch.where(coin_N < 0.1, E, 2**40))
+    return {
+        "uniform": uniform_N,
+        "hot_expert": torch.where(coin_N < 0.9, E // 2, uniform_N),
+        "one_expert": torch.full_like(uniform_N, E - 1),
+        "odd_experts_empty": uniform_N // 2 * 2,
+        "with_sentinels": torch.where(coin_N < 0.15, sentinels_N, uniform_N),
+        "only_sentinels": sentinels_N,
+    }[kind]
+
+
+def assert_same_bits(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    for name, a, e in zip(("order", "inverse", "ends"), actual, expected, strict=True):
+        assert a.dtype == e.dtype == (torch.int32 if name == "ends" else torch.int64), name
+        assert torch.equal(a.cpu(), e.cpu()), name
+
+
+@pytest.mark.parametrize("E", [1, 3, 16, 100, 256, 1024])
+@pytest.mark.parametrize("N", [0, 1, 7, 63, 1000, 4096])
+def test_equals_the_reference(N, E, triton_device):
+    ids_N = ids_of("with_sentinels", N, E)
+    actual = permute_index(ids_N.to(triton_device), E, backend="triton")
+    assert_same_bits(actual, permute_index_reference(ids_N, E))
+
+
+@pytest.mark.parametrize(
+    "kind", ["uniform", "hot_expert", "one_expert", "odd_experts_empty", "only_sentinels"]
+)
+@pytest.mark.parametrize("E", [16, 1024])
+def test_equals_the_reference_for_every_kind_of_routing(E, kind, triton_device):
+    ids_N = ids_of(kind, 1000, E)
+    actual = permute_index(ids_N.to(triton_device), E, backend="triton")
+    assert_same_bits(actual, permute_index_reference(ids_N, E))
+
+
+def test_reruns_are_bit_equal(triton_device):
+    ids_N = ids_of("with_sentinels", 2000, 100).to(triton_device)
+    first = permute_index(ids_N, 100, backend="triton")
+    for _ in range(2):
+        assert_same_bits(permute_index(ids_N, 100, backend="triton"), first)
+
+
+def test_every_second_element_of_a_tensor_will_do(triton_device):
+    ids_N = ids_of("with_sentinels", 126, 16).to(triton_device)[::2]
+    actual = permute_index(ids_N, 16, backend="triton")
+    assert_same_bits(actual, permute_index_reference(ids_N, 16))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_torch_compile_traces_one_graph(backend, triton_device):
+    compiled = torch.compile(permute_index, fullgraph=True, backend="aot_eager")
+    for N in (63, 100):  # the second size makes the shape dynamic
+        ids_N = ids_of("with_sentinels", N, 16)
+        actual = compiled(ids_N.to(triton_device), 16, backend=backend)
+        assert_same_bits(actual, permute_index_reference(ids_N, 16))
+
+
+def test_custom_op_keeps_torchs_rules(triton_device):
+    ids_N = ids_of("with_sentinels", 100, 16).to(triton_device)
+    torch.library.opcheck(torch.ops.joulemoe.permute_index.default, (ids_N, 16))
+
+
+def test_shipped_configuration_fits_both_architectures():
+    from moe.kernels.permute_index.triton_kernel import BLOCK, NUM_WARPS
+
+    rank = {"p_ids": "*i64:16", "p_ranks": "*i64:16", "p_counts": "*i32:16"}
+    place = {"p_ids": "*i64:16", "p_order": "*i64:16", "p_inverse": "*i64:16", "p_running": "*i32:16"}
+    sizes = {"N": "i32", "E": "i32"}
+    requests = [
+        Request(KERNELS, kernel, pointers | sizes, {"BLOCK": BLOCK}, NUM_WARPS, capability)
+        for kernel, pointers in (("rank_in_tile_kernel", rank), ("place_kernel", place))
+        for capability in (90, 100)
+    ]
+    for compiled in compile_in_subprocess(requests):
+        assert_fits(compiled, max_registers=64)
+        assert compiled.count("ATOM") == compiled.count("ATOMG") == compiled.count("RED") == 0
