@@ -146,6 +146,7 @@ class EngineSection(Section):
     name: Literal["megatron"] = "megatron"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # A collective that waits longer ends the run; at most a month.
+    kernels: Literal["auto", "torch", "triton"] = "auto"  # auto is triton on CUDA, torch elsewhere
     timeout_s: Annotated[float, Field(gt=0, le=2_678_400)] = 600.0
 
 

@@ -31,12 +31,15 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All experts are on this rank: only a permutation."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, *, backend: str = "auto") -> None:
         self.num_experts = num_experts
+        self.backend = backend
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """Sort the routed pairs by expert."""
-        order_N, inverse_N, ends_E = permute_index(routing.ids_TK.flatten(), self.num_experts)
+        order_N, inverse_N, ends_E = permute_index(
+            routing.ids_TK.flatten(), self.num_experts, backend=self.backend
+        )
         x_ND = permute(x_TD, order_N, inverse_N, routing.ids_TK.shape[1])
         return Dispatched(x_ND, ends_E, order_N, inverse_N, None)
 
@@ -51,8 +54,9 @@ class AllToAllDispatcher:
     Split sizes are Python integers, so a GPU waits for the host once in each forward.
     """
 
-    def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, num_experts: int, group: dist.ProcessGroup, *, backend: str = "auto") -> None:
         self.group = group
+        self.backend = backend
         self.num_ranks = dist.get_world_size(group)
         if num_experts % self.num_ranks:
             raise ValueError(
@@ -63,7 +67,9 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """1 sort by expert, 2 exchange counts, 3 exchange rows, 4 sort what arrived by local expert."""
-        order_N, inverse_N, _ = permute_index(routing.ids_TK.flatten(), self.num_experts)
+        order_N, inverse_N, _ = permute_index(
+            routing.ids_TK.flatten(), self.num_experts, backend=self.backend
+        )
         x_ND = permute(x_TD, order_N, inverse_N, routing.ids_TK.shape[1])
         send_pe = routing.counts_E.view(self.num_ranks, self.num_local_experts)
         recv_pe = torch.empty_like(send_pe)
@@ -73,7 +79,7 @@ class AllToAllDispatcher:
         x_RD = all_to_all_rows(x_ND, send_rows, recv_rows, self.group)
         local_ids_p = torch.arange(self.num_local_experts, device=x_TD.device).repeat(self.num_ranks)
         local_ids_R = local_ids_p.repeat_interleave(recv_pe.flatten(), output_size=sum(recv_rows))
-        order_R, inverse_R, ends_e = permute_index(local_ids_R, self.num_local_experts)
+        order_R, inverse_R, ends_e = permute_index(local_ids_R, self.num_local_experts, backend=self.backend)
         exchange = Exchange(send_rows, recv_rows, order_R, inverse_R)
         return Dispatched(permute(x_RD, order_R, inverse_R, 1), ends_e, order_N, inverse_N, exchange)
 

@@ -38,7 +38,7 @@ class MoELayer(nn.Module):
         """Put the stages together.
 
         Args:
-            router: chooses among all E experts.
+            router: chooses among all E experts; the dispatcher takes its kernel backend.
             experts: those that this rank holds, E / ranks of ep_group.
             shared_expert: any module [S, B, D] -> [S, B, D]; its output is added.
             balance: the router losses; None gives none.
@@ -64,9 +64,9 @@ class MoELayer(nn.Module):
             )
         self.dispatcher: Dispatcher
         if ep_group is None or alone:
-            self.dispatcher = LocalDispatcher(num_experts)
+            self.dispatcher = LocalDispatcher(num_experts, backend=router.backend)
         else:
-            self.dispatcher = AllToAllDispatcher(num_experts, ep_group)
+            self.dispatcher = AllToAllDispatcher(num_experts, ep_group, backend=router.backend)
 
     def forward(self, x_SBD: Tensor) -> MoEOutput:
         """Route, dispatch, compute, combine."""
@@ -99,6 +99,7 @@ def build_moe_layer(
     score_before_topk: bool = True,
     renormalize: bool = False,
     scale: float = 1.0,
+    backend: str = "auto",
 ) -> MoELayer:
     """A MoELayer from its sizes; weights are uninitialised (call reset_parameters of its parts, or load).
 
@@ -116,6 +117,7 @@ def build_moe_layer(
         score_before_topk=score_before_topk,
         renormalize=renormalize,
         scale=scale,
+        backend=backend,
         device=device,
     )
     experts = GroupedExperts(

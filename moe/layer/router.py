@@ -31,6 +31,7 @@ class Router(nn.Module):
         score_before_topk: bool = True,
         renormalize: bool = False,
         scale: float = 1.0,
+        backend: str = "auto",
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -39,6 +40,7 @@ class Router(nn.Module):
         self.score_before_topk = score_before_topk
         self.renormalize = renormalize
         self.scale = scale
+        self.backend = backend
         self.weight_ED = nn.Parameter(
             torch.empty(num_experts, hidden_size, dtype=torch.float32, device=device)
         )
@@ -60,5 +62,6 @@ class Router(nn.Module):
             renormalize=self.renormalize,
             scale=self.scale,
             bias_E=self.bias_E,
+            backend=self.backend,
         )
         return Routing(ids_TK, weights_TK, counts_E, logits_TE)

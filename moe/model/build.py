@@ -89,6 +89,7 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, *, num_microb
         "model": config.model,
         "groups": MoEGroups(ep=groups.ep, tp=groups.tp, dp=groups.dp_cp, expert_dp=groups.expt_dp),
         "num_microbatches": num_microbatches,
+        "kernels": config.engine.kernels,
     }
     first = get_transformer_layer_offset(megatron_config, pp_rank=pp_rank)
     count = get_num_layers_to_build(megatron_config, pp_rank=pp_rank)

@@ -60,9 +60,11 @@ class MoEAdapter(MegatronModule):
         self,
         config: TransformerConfig,
         submodules: MLPSubmodules,
+        *,
         model: ModelSection,
         groups: MoEGroups,
         num_microbatches: int,
+        kernels: str,
         **_: Any,
     ) -> None:
         """Build the layer.
@@ -73,6 +75,7 @@ class MoEAdapter(MegatronModule):
             model: sizes and router settings.
             groups: process groups.
             num_microbatches: the router losses are divided by it, as the schedule divides the main loss.
+            kernels: backend of the kernels, `auto`, `torch` or `triton`.
         """
         super().__init__(config)
         router = model.router
@@ -95,6 +98,7 @@ class MoEAdapter(MegatronModule):
             score_before_topk=router.score_before_topk,
             renormalize=router.renormalize,
             scale=router.scale,
+            backend=kernels,
         )
         self._mark_parameters()
         self.register_buffer(

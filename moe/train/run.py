@@ -23,6 +23,8 @@ from moe.data.dataset import TokenDataset, build_gpt_datasets
 from moe.data.tokenizer import Tokenizer
 from moe.durable import write_atomically
 from moe.engine.base import Engine
+from moe.errors import InputError
+from moe.kernels.backend import choose_backend
 from moe.metering.console import ConsoleSink
 from moe.metering.flops import flops_per_token, params_active
 from moe.metering.jsonl import EXPERT_LOAD_FILE, StepLog
@@ -65,8 +67,9 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
     run_dir, note = options.run_dir, options.note
     if not options.resume:
         on_rank0(lambda: _open_folder(run_dir, config))
+    kernels = on_rank0(lambda: _choose_kernels(config, engine))
     if engine.rank == 0:
-        note(_introduction(config, engine, run_dir))
+        note(_introduction(config, engine, run_dir, kernels))
     inputs = on_rank0(lambda: find_inputs(config, note))
     tokenizer = Tokenizer.load(inputs.tokenizer)
     datasets = _build_datasets(config, inputs, tokenizer)
@@ -166,12 +169,19 @@ def _wandb(config: RunConfig, run_dir: Path, note: Note) -> WandbSink:
     )
 
 
-def _introduction(config: RunConfig, engine: Engine, run_dir: Path) -> str:
+def _choose_kernels(config: RunConfig, engine: Engine) -> str:
+    try:
+        return choose_backend(config.engine.kernels, torch.empty(0, device=engine.torch_device))
+    except ValueError as error:
+        raise InputError(f"engine.kernels={config.engine.kernels}: {error}") from error
+
+
+def _introduction(config: RunConfig, engine: Engine, run_dir: Path, kernels: str) -> str:
     layout = " ".join(f"{name}={size}" for name, size in engine.layout.as_dict().items())
     model = config.model
     return (
         f"{run_dir}: {engine.params_total:,} parameters, {params_active(model_shape(model)):,} active, "
-        f"{model.num_experts} experts top-{model.top_k}; {layout} on {engine.device}"
+        f"{model.num_experts} experts top-{model.top_k}; {layout} on {engine.device}, {kernels} kernels"
     )
 
 
