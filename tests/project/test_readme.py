@@ -1,0 +1,50 @@
+"""The README's numbers are those of the result files, and its example runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+RESULTS = REPOSITORY / "benchmarks" / "results"
+
+
+def result(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def test_measured_table_is_that_of_the_result_file():
+    report = result("2026-11-23-cpu-quickstart.json")["report"]
+    rows = [
+        f"| parameters, active for a token | {report['params_total']:,}, {report['params_active']:,} |",
+        f"| training loss of the first step | {report['loss_first']:.4f} |",
+        f"| held-out loss at the end | {report['heldout_loss']:.4f} |",
+        f"| held-out bits per byte | {report['heldout_bits_per_byte']:.4f} |",
+        f"| tokens/s | {report['tokens_per_s']:,.0f} |",
+        f"| tokens/J ({report['energy']['source']}, {report['energy']['boundary']}) | "
+        f"{report['tokens_per_j']:.0f} |",
+    ]
+    assert [row for row in rows if row not in README] == []
+    assert report["loss_first"] - report["heldout_loss"] >= 2.0
+
+
+def test_speedups_are_those_of_the_result_files():
+    fp32 = result("2026-11-23-cpu-expert-mlp.json")["speedup_over_loop"]
+    bf16 = result("2026-11-23-cpu-expert-mlp-bf16.json")["speedup_over_loop"]
+    assert f"{fp32:.2f} times as fast as a loop over experts in fp32 and {bf16:.2f} times in bf16" in README
+
+
+def test_the_layer_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    names["loss"].backward()
+    assert names["layer"].router.weight_ED.grad.abs().sum() > 0
+
+
+def test_folders_of_the_map_exist():
+    folders = re.findall(r"^\| `(\w+)/` \|", README, flags=re.MULTILINE)
+    assert len(folders) == 6
+    assert [folder for folder in folders if not (REPOSITORY / folder).is_dir()] == []
