@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,8 @@ class Loop:
         self._energy_base_j = progress.energy_j
         self._wall_base_s = progress.wall_s
 
-    def run(self, on_step: Callable[[int], None] | None = None) -> Progress:
+    def run(self) -> Progress:
         """Train to train.steps; evaluate and save at the configured intervals and at the end.
-
-        Args:
-            on_step: called with the step number after each step, for tests that watch a run.
 
         Raises:
             TrainingDivergedError: the loss or the gradient norm is not finite.
@@ -91,8 +88,6 @@ class Loop:
             self._log(record, result)
             if self._due(config.checkpoint.interval):
                 self._save()
-            if on_step is not None:
-                on_step(progress.step)
         self._read_energy()  # the last checkpoint belongs to the run
         return progress
 
