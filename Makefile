@@ -16,7 +16,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# constraints.txt pins every version, so a clone today and a clone next year install the same.
+# constraints.txt pins what a CPU install resolves to, so that a clone next year installs the same packages.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev]"

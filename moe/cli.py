@@ -117,7 +117,8 @@ def resume(
 ) -> None:
     """Continue a run.
 
-    Starts from its newest intact checkpoint, in the same layout or another.
+    Starts from its newest intact checkpoint, in the same layout or another. More train.steps stretch the
+    learning-rate decay, unless optim.decay_steps fixes it.
     """
     from moe.config import load_config
     from moe.train.folder import check_unchanged, ranks_of_newest
@@ -131,7 +132,7 @@ def resume(
         _run(resolved, run_dir, resume=True)
 
 
-@app.command(epilog=_epilog("moe verify runs/quickstart/checkpoints/step_00000300"))
+@app.command(epilog=_epilog("moe verify runs/quickstart/checkpoints/step_00000200"))
 def verify(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A step_NNNNNNNN folder.")],
     as_json: AsJson = False,

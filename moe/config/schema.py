@@ -1,7 +1,8 @@
 """The one typed description of a run: what a YAML recipe or a dotted override may say.
 
 Every section is frozen and refuses unknown keys. Rules that join several keys (ep divides num_experts, ...)
-are in rules.py, reading files in tree.py, reporting errors in load.py. A default states its reason.
+are in rules.py, reading files in tree.py, reporting errors in load.py. A default that is a choice states its
+reason.
 """
 
 from __future__ import annotations
@@ -145,8 +146,8 @@ class EngineSection(Section):
 
     name: Literal["megatron"] = "megatron"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # A collective that waits longer ends the run; at most a month.
     kernels: Literal["auto", "torch", "triton"] = "auto"  # auto is triton on CUDA, torch elsewhere
+    # A collective that waits longer ends the run; at most a month. Ten minutes outlast a slow file system.
     timeout_s: Annotated[float, Field(gt=0, le=2_678_400)] = 600.0
 
 

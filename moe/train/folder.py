@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.manifest import read_manifest
 from moe.checkpoint.store import list_complete
 from moe.config import RunConfig, load_config
-from moe.errors import CorruptCheckpointError, InputError
+from moe.errors import InputError
 from moe.metering.jsonl import METRICS_FILE, read_step_log
+from moe.metering.report import read_report
 
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.jsonl"
+REPORT_FILE = "report.json"
 
 # A run that changed one of these on the way would be another run under the same name.
 FIXED = ("model", "data.seq_length", "run.name", "run.seed", "train.global_batch_size", "train.precision")
@@ -27,7 +29,7 @@ def choose_run_dir(config: RunConfig, wanted: Path | None, *, under_torchrun: bo
     """
     default = config.run.root / config.run.name
     if wanted is None and not under_torchrun:
-        return next(path for path in _numbered(default) if not path.exists())
+        return next(path for path in _numbered(default) if _taken(path) is None)
     return wanted or default
 
 
@@ -41,16 +43,23 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 def refuse_existing(run_dir: Path) -> None:
     """Raise InputError if the folder holds a run that did a step; anything less may be replaced."""
+    problem = _taken(run_dir)
+    if problem is not None:
+        raise InputError(problem)
+
+
+def _taken(run_dir: Path) -> str | None:
     if list_complete(run_dir / "checkpoints"):
-        raise InputError(
+        return (
             f"{run_dir} already holds a run; continue it with `moe resume {run_dir}` "
             "or choose another --run-dir"
         )
     if (run_dir / METRICS_FILE).exists():
-        raise InputError(
+        return (
             f"{run_dir} holds a run that ended before its first checkpoint; remove the folder "
             "or choose another --run-dir"
         )
+    return None
 
 
 def check_unchanged(run_dir: Path, config: RunConfig) -> None:
@@ -71,27 +80,26 @@ def _at(values: dict[str, Any], key: str) -> Any:
 
 
 def ranks_of_newest(run_dir: Path) -> int:
-    """Number of ranks that wrote the newest readable checkpoint.
+    """Number of ranks of the run's newest start, to which its config.yaml belongs.
 
     Raises:
         InputError: there is no run or no checkpoint.
     """
     if not (run_dir / CONFIG_FILE).exists():
         raise InputError(f"{run_dir} holds no run: {CONFIG_FILE} is missing; start one with `moe train`")
-    for checkpoint in list_complete(run_dir / "checkpoints"):
-        try:
-            return int(str(read_manifest(checkpoint).state["world_size"]))
-        except CorruptCheckpointError:
-            continue  # loading will name it and fall back, too
+    starts = read_step_log(run_dir / STARTS_FILE) if (run_dir / STARTS_FILE).exists() else []
+    if starts and list_complete(run_dir / "checkpoints"):
+        return int(starts[-1]["world_size"])
     raise InputError(
         f"{run_dir} has no complete checkpoint to resume from; start again with `moe train` "
         "and another --run-dir"
     )
 
 
-def log_start(run_dir: Path, *, step: int, energy_j: float, wall_s: float) -> None:
-    """Add a line to starts.jsonl: where a start of the run begins, and what was spent before it."""
-    line = json.dumps({"step": step, "energy_j": energy_j, "wall_s": wall_s})
+def log_start(run_dir: Path, *, step: int, energy_j: float, wall_s: float, world_size: int) -> None:
+    """Add a line to starts.jsonl: where a start begins, on how many ranks, and what was spent before."""
+    spent_j = energy_j if math.isfinite(energy_j) else None
+    line = json.dumps({"step": step, "energy_j": spent_j, "wall_s": wall_s, "world_size": world_size})
     with (run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
@@ -107,6 +115,9 @@ def spent_before(run_dir: Path) -> tuple[float, float]:
         if (run_dir / name).exists()
         for record in read_step_log(run_dir / name)
     ]
+    if (run_dir / REPORT_FILE).exists():  # alone holds what the last checkpoint cost
+        report = read_report(run_dir / REPORT_FILE)
+        records.append({"energy_j": report.energy.total_j, "wall_s": report.wall_s})
     return (
         max((record.get("energy_j") or 0.0 for record in records), default=0.0),
         max((record.get("wall_s") or 0.0 for record in records), default=0.0),

@@ -55,10 +55,12 @@ class JobEnergy:
 
         described = on_every_rank(open_here)
         meters = [item for item in described if item is not None]
-        self.source, self.boundary, self.description, _ = meters[0]
+        self.estimated = any(item[0] == "estimated" for item in meters)
+        # The weakest of the machines' meters speaks for the sum.
+        self.source, self.boundary, *_ = min(meters, key=lambda item: item[0] != "estimated")
+        self.description = "; ".join(dict.fromkeys(item[2] for item in meters))
         idle_w = [item[3] for item in meters if item[3] is not None]
         self.idle_w = sum(idle_w) if len(idle_w) == len(meters) else None
-        self.estimated = any(item[0] == "estimated" for item in meters)
         self.failure: str | None = None
 
     def read_j(self) -> float:

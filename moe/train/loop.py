@@ -63,6 +63,7 @@ class Loop:
         self.sinks = sinks
         self.progress = progress
         self.loads = loads
+        self._counts_LE = torch.zeros(1, dtype=torch.int64)  # since the last line of expert_load.jsonl
         self._energy_base_j = progress.energy_j
         self._wall_base_s = progress.wall_s
 
@@ -131,8 +132,10 @@ class Loop:
         }
 
     def _log(self, record: dict[str, Any], result: StepResult) -> None:
-        if self.loads is not None:
-            self.loads.write({"step": record["step"], "counts": result.counts_LE.tolist()})
+        self._counts_LE = self._counts_LE + result.counts_LE
+        if self.loads is not None and self._due(self.config.train.log_interval):
+            self.loads.write({"step": record["step"], "counts": self._counts_LE.tolist()})
+            self._counts_LE = torch.zeros(1, dtype=torch.int64)
         for sink in self.sinks:
             sink.log(record)
 

@@ -32,7 +32,7 @@ from moe.metering.model_shape import model_shape
 from moe.metering.report import Layout, Report, write_report
 from moe.metering.sinks import JsonlSink, Sink, WandbSink
 from moe.ranks import on_rank0
-from moe.train.folder import CONFIG_FILE, log_start, refuse_existing, spent_before
+from moe.train.folder import CONFIG_FILE, REPORT_FILE, log_start, refuse_existing, spent_before
 from moe.train.inputs import Inputs, find_inputs
 from moe.train.job_energy import JobEnergy
 from moe.train.loop import Loop, Progress, progress_from
@@ -46,7 +46,7 @@ class RunOptions:
 
     run_dir: Path
     resume: bool
-    note: Note  # messages for a person; called on rank 0 only
+    note: Note  # messages for a person; of rank 0, and of the rank whose energy meter fails
 
 
 def run_job(config: RunConfig, options: RunOptions) -> Report | None:
@@ -65,19 +65,27 @@ def run_job(config: RunConfig, options: RunOptions) -> Report | None:
 
 def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | None:
     run_dir, note = options.run_dir, options.note
+    kernels = on_rank0(lambda: _choose_kernels(config, engine))
     if not options.resume:
         on_rank0(lambda: _open_folder(run_dir, config))
-    kernels = on_rank0(lambda: _choose_kernels(config, engine))
     if engine.rank == 0:
         note(_introduction(config, engine, run_dir, kernels))
     inputs = on_rank0(lambda: find_inputs(config, note))
     tokenizer = Tokenizer.load(inputs.tokenizer)
     datasets = _build_datasets(config, inputs, tokenizer)
     progress = _restore(engine, run_dir, note) if options.resume else Progress()
+    if progress.step >= config.train.steps:
+        if engine.rank == 0:
+            note(f"the run has done its {config.train.steps} steps; give it more with train.steps=N")
+        return None
     energy = JobEnergy(config.energy, engine.torch_device, note)
     outputs = Outputs()
     try:
-        on_rank0(lambda: outputs.open(config, run_dir, energy, progress, note))
+        on_rank0(
+            lambda: outputs.open(
+                config, run_dir, energy=energy, progress=progress, note=note, world_size=engine.world_size
+            )
+        )
         loop = Loop(
             config,
             run_dir,
@@ -91,10 +99,10 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
         )
         loop.run()
         outputs.report = make_report(config, engine, energy, progress)
-        on_rank0(lambda: outputs.write_report(run_dir, note))
     finally:
         energy.close()
         outputs.close()
+    on_rank0(lambda: outputs.write_report(run_dir, note))
     return outputs.report if engine.rank == 0 else None
 
 
@@ -107,7 +115,14 @@ class Outputs:
     report: Report | None = None
 
     def open(
-        self, config: RunConfig, run_dir: Path, energy: JobEnergy, progress: Progress, note: Note
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        *,
+        energy: JobEnergy,
+        progress: Progress,
+        note: Note,
+        world_size: int,
     ) -> None:
         """Open every file and tracker; the run's config is replaced only now that nothing else can fail.
 
@@ -119,15 +134,21 @@ class Outputs:
         jsonl = JsonlSink(run_dir, resume_step=progress.step)
         self.sinks = [_console(config, energy, progress), jsonl, _wandb(config, run_dir, note)]
         write_atomically(run_dir / CONFIG_FILE, dump_config(config))
-        log_start(run_dir, step=progress.step, energy_j=progress.energy_j, wall_s=progress.wall_s)
+        log_start(
+            run_dir,
+            step=progress.step,
+            energy_j=progress.energy_j,
+            wall_s=progress.wall_s,
+            world_size=world_size,
+        )
         for sink in self.sinks:
             sink.start(config.model_dump(mode="json"), config.train.steps)
 
     def write_report(self, run_dir: Path, note: Note) -> None:
         """Write report.json and the pictures."""
         assert self.report is not None
-        write_report(run_dir / "report.json", self.report)
-        note(f"report: {run_dir / 'report.json'}")
+        write_report(run_dir / REPORT_FILE, self.report)
+        note(f"report: {run_dir / REPORT_FILE}")
         from moe.metering.plots import plot_run
 
         for path in plot_run(run_dir):
@@ -246,10 +267,12 @@ def make_report(config: RunConfig, engine: Engine, energy: JobEnergy, progress: 
 
 
 def _git_commit() -> str | None:
-    """Commit of the library's own checkout; None when it is installed from a wheel."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Commit of the library's own checkout; None when it is installed elsewhere, be it inside another one."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    top, _, commit = done.stdout.strip().partition("\n")
+    return commit if done.returncode == 0 and Path(top) == root else None

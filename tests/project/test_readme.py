@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+from moe.config import load_config
+
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -28,6 +30,15 @@ def test_measured_table_is_that_of_the_result_file():
     ]
     assert [row for row in rows if row not in README] == []
     assert report["loss_first"] - report["heldout_loss"] >= 2.0
+
+
+def test_quick_start_is_the_recipe_that_was_measured():
+    measured = result("2026-11-23-cpu-quickstart.json")["config"]
+    recipe = load_config(REPOSITORY / "configs" / "quickstart.yaml")
+    assert measured == recipe.model_dump(mode="json")
+    assert recipe.model.num_experts >= 16
+    assert recipe.model.top_k >= 2
+    assert recipe.model.shared_expert_hidden_size > 0
 
 
 def test_speedups_are_those_of_the_result_files():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -99,7 +101,7 @@ def test_flipped_bit_in_any_file_is_refused_by_name(reference_run: Path, tmp_pat
         path = files[trial % len(files)]
         intact = path.read_bytes()
         flip_one_bit(path, generator)
-        with pytest.raises(CorruptCheckpointError, match=path.name):
+        with pytest.raises(CorruptCheckpointError, match=rf"['/]{re.escape(path.name)}[' ]"):
             verify(checkpoint)
         path.write_bytes(intact)
     verify(checkpoint)
@@ -114,3 +116,21 @@ def test_resume_falls_back_past_a_damaged_checkpoint(reference_run: Path, tmp_pa
     assert "at step 10" in output
     assert_bit_equal(step_folder(copy, 20), step_folder(reference_run, 20))
     run(command("verify", str(step_folder(copy, 20))))
+
+
+def test_finished_run_stays_as_it_is_and_a_plain_resume_follows_the_last_start(
+    reference_run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(reference_run, copy)
+    before = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    assert "has done its 20 steps" in run(command("resume", str(copy)))
+    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
+
+    run(command("resume", str(copy), "train.steps=21", "parallel.ep=2", "--nproc", "2"))
+    first = json.loads((copy / "report.json").read_text())
+    run(command("resume", str(copy), "train.steps=22"))
+    second = json.loads((copy / "report.json").read_text())
+    assert second["layout"] == {"tp": 1, "pp": 1, "ep": 2, "cp": 1, "dp": 2}
+    assert second["wall_s"] > first["wall_s"] > json.loads(before["report.json"])["wall_s"]
+    assert second["energy"]["total_j"] > first["energy"]["total_j"]
