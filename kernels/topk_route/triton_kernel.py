@@ -284,7 +284,8 @@ def topk_route_fwd(
     constants = forward_constants(E, top_k, choice, weighting, num_groups, top_groups)
     grid = (triton.cdiv(T, constants["BLOCK_T"]),)
     tensors = (logits_TE, bias_E, ids_TK, weights_TK, counts_E)
-    topk_route_fwd_kernel[grid](*tensors, T, scale, **constants, num_warps=NUM_WARPS)
+    with torch.cuda.device_of(logits_TE):
+        topk_route_fwd_kernel[grid](*tensors, T, scale, **constants, num_warps=NUM_WARPS)
     return ids_TK, weights_TK, counts_E
 
 
@@ -299,5 +300,6 @@ def topk_route_bwd(
     constants = backward_constants(E, ids_TK.shape[1], weighting)
     grid = (triton.cdiv(T, constants["BLOCK_T"]),)
     tensors = (grad_weights_TK, logits_TE, ids_TK, grad_TE)
-    topk_route_bwd_kernel[grid](*tensors, T, scale, **constants, num_warps=NUM_WARPS)
+    with torch.cuda.device_of(logits_TE):
+        topk_route_bwd_kernel[grid](*tensors, T, scale, **constants, num_warps=NUM_WARPS)
     return grad_TE

@@ -40,12 +40,13 @@ class LocalDispatcher:
         order_N, inverse_N, ends_E = permute_index(
             routing.ids_TK.flatten(), self.num_experts, backend=self.backend
         )
-        x_ND = permute(x_TD, order_N, inverse_N, routing.ids_TK.shape[1])
+        x_ND = permute(x_TD, order_N, inverse_N, routing.ids_TK.shape[1], backend=self.backend)
         return Dispatched(x_ND, ends_E, order_N, inverse_N, None)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
         """Gather and sum."""
-        return combine(y_RD, routing.weights_TK, dispatched.order_N, dispatched.inverse_N)
+        order_N, inverse_N = dispatched.order_N, dispatched.inverse_N
+        return combine(y_RD, routing.weights_TK, order_N, inverse_N, backend=self.backend)
 
 
 class AllToAllDispatcher:
@@ -70,7 +71,7 @@ class AllToAllDispatcher:
         order_N, inverse_N, _ = permute_index(
             routing.ids_TK.flatten(), self.num_experts, backend=self.backend
         )
-        x_ND = permute(x_TD, order_N, inverse_N, routing.ids_TK.shape[1])
+        x_ND = permute(x_TD, order_N, inverse_N, routing.ids_TK.shape[1], backend=self.backend)
         send_pe = routing.counts_E.view(self.num_ranks, self.num_local_experts)
         recv_pe = torch.empty_like(send_pe)
         dist.all_to_all_single(recv_pe, send_pe.contiguous(), group=self.group)
@@ -81,16 +82,18 @@ class AllToAllDispatcher:
         local_ids_R = local_ids_p.repeat_interleave(recv_pe.flatten(), output_size=sum(recv_rows))
         order_R, inverse_R, ends_e = permute_index(local_ids_R, self.num_local_experts, backend=self.backend)
         exchange = Exchange(send_rows, recv_rows, order_R, inverse_R)
-        return Dispatched(permute(x_RD, order_R, inverse_R, 1), ends_e, order_N, inverse_N, exchange)
+        x_RD = permute(x_RD, order_R, inverse_R, 1, backend=self.backend)
+        return Dispatched(x_RD, ends_e, order_N, inverse_N, exchange)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
         """The way of dispatch backwards, then gather and sum."""
         exchange = dispatched.exchange
         if exchange is None:
             raise ValueError("these rows were dispatched by another dispatcher: they carry no exchange")
-        y_RD = permute(y_RD, exchange.inverse_R, exchange.order_R, 1)
+        y_RD = permute(y_RD, exchange.inverse_R, exchange.order_R, 1, backend=self.backend)
         y_ND = all_to_all_rows(y_RD, exchange.recv_rows, exchange.send_rows, self.group)
-        return combine(y_ND, routing.weights_TK, dispatched.order_N, dispatched.inverse_N)
+        order_N, inverse_N = dispatched.order_N, dispatched.inverse_N
+        return combine(y_ND, routing.weights_TK, order_N, inverse_N, backend=self.backend)
 
 
 class _AllToAllRows(torch.autograd.Function):
