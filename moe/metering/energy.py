@@ -69,15 +69,3 @@ class EnergyMeter(Protocol):
     def close(self) -> None:
         """Release the meter; it cannot be read again."""
         ...
-
-
-def mean_power_w(before: EnergyReading, after: EnergyReading) -> float:
-    """Return the mean power between two readings of one meter, in watts.
-
-    Raises:
-        ValueError: `after` was not taken after `before`.
-    """
-    elapsed_s = after.time_s - before.time_s
-    if elapsed_s <= 0:
-        raise ValueError(f"the readings are {elapsed_s} s apart; pass the earlier one first")
-    return (after.energy_j - before.energy_j) / elapsed_s

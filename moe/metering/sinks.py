@@ -39,10 +39,6 @@ class Sink(Protocol):
         """Take one step; the fields are listed in moe.metering.jsonl."""
         ...
 
-    def note(self, text: str) -> None:
-        """Take a message for a person."""
-        ...
-
     def finish(self, report: Report | None) -> None:
         """End the run; `report` is None if it did not reach its end."""
         ...
@@ -66,9 +62,6 @@ class JsonlSink:
     def log(self, record: Mapping[str, float | int | None]) -> None:
         """Append one step."""
         self._log.write(record)
-
-    def note(self, text: str) -> None:
-        """Do nothing: messages are not numbers."""
 
     def finish(self, report: Report | None) -> None:
         """Close the file; the report has its own."""
@@ -130,9 +123,6 @@ class WandbSink:
         """Queue one step."""
         values = dict(record)
         self._submit(lambda: self._run.log(values, step=values["step"]))
-
-    def note(self, text: str) -> None:
-        """Do nothing: messages stay on this machine."""
 
     def finish(self, report: Report | None) -> None:
         """Close the tracker's run; waits for it, but not for long."""

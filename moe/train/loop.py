@@ -14,7 +14,7 @@ import torch
 from moe.checkpoint.save import save_checkpoint
 from moe.config.schema import RunConfig
 from moe.data.dataset import TokenDataset, batch_for
-from moe.data.sampler import microbatch_indices
+from moe.data.sampler import microbatch_indices, num_microbatches
 from moe.engine.base import Batch, Engine, EvalResult, StepResult
 from moe.metering.jsonl import StepLog
 from moe.metering.router_stats import router_stats
@@ -146,7 +146,8 @@ class Loop:
 
     def _batches(self, dataset: TokenDataset, step: int, batch_size: int) -> Iterator[Batch]:
         micro, dp = self.config.train.micro_batch_size, self.engine.layout.dp
-        for microbatch in range(batch_size // (micro * dp)):
+        count = num_microbatches(global_batch_size=batch_size, micro_batch_size=micro, dp_size=dp)
+        for microbatch in range(count):
             indices = microbatch_indices(
                 step,
                 microbatch,
@@ -159,7 +160,11 @@ class Loop:
 
     def _evaluate(self) -> dict[str, float]:
         sequences = self.config.train.eval_sequences
-        num_batches = sequences // (self.config.train.micro_batch_size * self.engine.layout.dp)
+        num_batches = num_microbatches(
+            global_batch_size=sequences,
+            micro_batch_size=self.config.train.micro_batch_size,
+            dp_size=self.engine.layout.dp,
+        )
         batches = self._batches(self.heldout_set, 0, sequences)
         result = self.engine.evaluate(batches, num_batches, self.token_bytes_V)
         self.progress.heldout_loss = result.nll_nats / result.tokens

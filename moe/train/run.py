@@ -78,12 +78,12 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
         if engine.rank == 0:
             note(f"the run has done its {config.train.steps} steps; give it more with train.steps=N")
         return None
-    energy = JobEnergy(config.energy, engine.torch_device, note)
-    outputs = Outputs()
+    outputs = Outputs(note)
+    energy = JobEnergy(config.energy, engine.torch_device, outputs.say)
     try:
         on_rank0(
             lambda: outputs.open(
-                config, run_dir, energy=energy, progress=progress, note=note, world_size=engine.world_size
+                config, run_dir, energy=energy, progress=progress, world_size=engine.world_size
             )
         )
         loop = Loop(
@@ -102,7 +102,7 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
     finally:
         energy.close()
         outputs.close()
-    on_rank0(lambda: outputs.write_report(run_dir, note))
+    on_rank0(lambda: outputs.write_report(run_dir))
     return outputs.report if engine.rank == 0 else None
 
 
@@ -110,6 +110,8 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
 class Outputs:
     """What rank 0 writes during a run; empty on the other ranks."""
 
+    note: Note
+    console: ConsoleSink | None = None
     sinks: list[Sink] = field(default_factory=list)
     loads: StepLog | None = None
     report: Report | None = None
@@ -121,7 +123,6 @@ class Outputs:
         *,
         energy: JobEnergy,
         progress: Progress,
-        note: Note,
         world_size: int,
     ) -> None:
         """Open every file and tracker; the run's config is replaced only now that nothing else can fail.
@@ -129,10 +130,11 @@ class Outputs:
         Raises:
             InputError: a log of an earlier start is damaged.
         """
-        note(f"energy: {energy.description}")
+        self.note(f"energy: {energy.description}")
         self.loads = StepLog(run_dir / EXPERT_LOAD_FILE, resume_step=progress.step)
         jsonl = JsonlSink(run_dir, resume_step=progress.step)
-        self.sinks = [_console(config, energy, progress), jsonl, _wandb(config, run_dir, note)]
+        self.console = _console(config, energy, progress)
+        self.sinks = [self.console, jsonl, _wandb(config, run_dir, self.say)]
         write_atomically(run_dir / CONFIG_FILE, dump_config(config))
         log_start(
             run_dir,
@@ -144,15 +146,19 @@ class Outputs:
         for sink in self.sinks:
             sink.start(config.model_dump(mode="json"), config.train.steps)
 
-    def write_report(self, run_dir: Path, note: Note) -> None:
+    def say(self, text: str) -> None:
+        """A message while the run goes on: above the bar where there is one."""
+        (self.note if self.console is None else self.console.note)(text)
+
+    def write_report(self, run_dir: Path) -> None:
         """Write report.json and the pictures."""
         assert self.report is not None
         write_report(run_dir / REPORT_FILE, self.report)
-        note(f"report: {run_dir / REPORT_FILE}")
+        self.note(f"report: {run_dir / REPORT_FILE}")
         from moe.metering.plots import plot_run
 
         for path in plot_run(run_dir):
-            note(f"plot: {path}")
+            self.note(f"plot: {path}")
 
     def close(self) -> None:
         """Close files and trackers; without a report the run did not reach its end."""
