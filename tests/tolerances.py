@@ -52,3 +52,49 @@ def assert_close(
         atol=tolerance * scale,
         msg=lambda text: f"{name} ({actual.dtype}, tolerance {tolerance} of {scale:.3g}): {text}",
     )
+
+
+# DeepGEMM's measure, 1 - 2<x, y> / (|x|^2 + |y|^2), and what its tests allow. It is a mean: of fewer elements
+# it says more about chance than about the code.
+ENOUGH_ELEMENTS = 1000
+LARGEST_DIFFERENCE = {
+    torch.float64: 1e-25,
+    torch.float32: 1e-10,
+    torch.bfloat16: 1e-5,
+    torch.float16: 1e-6,
+    torch.float8_e4m3fn: 1e-3,
+}
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """1 - 2<x, y> / (|x|^2 + |y|^2): half the squared relative error, whatever the scale; 0 for two zeros."""
+    x, y = actual.detach().double(), expected.detach().double()
+    total = float(x.square().sum() + y.square().sum())
+    # The same number as in the formula, without its cancellation.
+    return float((x - y).square().sum()) / total if total else 0.0
+
+
+def assert_as_good_as_plain(
+    name: str, actual: Tensor, plain: Tensor, exact: Tensor, *, dtype: torch.dtype
+) -> None:
+    """Fail unless actual errs at most twice as much as plain torch in the same dtype, and differs by little.
+
+    Args:
+        name: of the tensor, for the message.
+        actual: of the code under test, computed in `dtype`.
+        plain: of plain torch operations in `dtype`.
+        exact: of the same operations in fp64, values of order one.
+        dtype: the row of LARGEST_DIFFERENCE. Where plain torch is right by luck, a rounding of the largest
+            exact value is allowed, as in QuACK's tests.
+    """
+    assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)} is not {tuple(exact.shape)}"
+    if not exact.numel():
+        return
+    exact = exact.detach()
+    error, plain_error = (float((t.detach().double() - exact).abs().max()) for t in (actual, plain))
+    floor = TOLERANCES[dtype] / 10 * float(exact.abs().max())
+    assert error <= 2 * plain_error + floor, f"{name} errs by {error:.3g}, plain torch by {plain_error:.3g}"
+    if exact.numel() < ENOUGH_ELEMENTS:
+        return
+    differs = difference(actual, exact)
+    assert differs < LARGEST_DIFFERENCE[dtype], f"{name} differs by {differs:.3g} in DeepGEMM's measure"

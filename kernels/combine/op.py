@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moe.kernels.backend import choose_backend
-from moe.kernels.combine.torch_backend import combine_torch, permute_torch
-from moe.kernels.combine.triton_op import combine_triton, permute_triton
+from moe.kernels.combine.torch_backend import combine_torch, permute_torch, unpermute_torch
+from moe.kernels.combine.triton_op import combine_triton, permute_triton, unpermute_triton
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,6 +36,33 @@ def permute(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, top_k: int, *, bac
         return permute_torch(x_TD, order_N, inverse_N, top_k)
     _check_triton("x", x_TD, TRITON_DTYPES)
     return permute_triton(x_TD, inverse_N, top_k)
+
+
+def unpermute(
+    y_ND: Tensor, order_N: Tensor, inverse_N: Tensor, top_k: int, *, backend: str = "auto"
+) -> Tensor:
+    """Sum of each token's K rows: the transpose of `permute`, and `combine` with all weights one.
+
+    Args:
+        y_ND: rows in expert order.
+        order_N: pair at each row of expert order, from `permute_index`.
+        inverse_N: row of each pair, likewise; one is the inverse of the other.
+        top_k: K.
+        backend: `auto` (triton on CUDA, torch elsewhere), `triton` or `torch`.
+
+    Returns:
+        out_TD in y's dtype, the sum taken in fp32 or wider.
+
+    Raises:
+        ValueError: if the lengths do not fit, or the backend cannot run here or take y's dtype.
+    """
+    _check(order_N, inverse_N, y_ND.shape[0])
+    if y_ND.shape[0] % top_k:
+        raise ValueError(f"{y_ND.shape[0]} rows are not top_k={top_k} rows for each of some tokens")
+    if choose_backend(backend, y_ND) == "torch":
+        return unpermute_torch(y_ND, order_N, inverse_N, top_k)
+    _check_triton("y", y_ND, TRITON_DTYPES)
+    return unpermute_triton(y_ND, inverse_N, top_k)
 
 
 def combine(

@@ -30,9 +30,15 @@ def permute_torch(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, top_k: int) 
     return out
 
 
+def unpermute_torch(y_ND: Tensor, order_N: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
+    """Contract of `unpermute`, whose checks have passed."""
+    # The same Function with K = 1: a permutation whose gradient is a gather too.
+    out_TD: Tensor = permute_torch(y_ND, inverse_N, order_N, 1).unflatten(0, (-1, top_k)).sum(dim=1)
+    return out_TD
+
+
 def combine_torch(y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
     """Contract of `combine`, whose checks have passed."""
-    # The same Function with K = 1: a permutation whose gradient is a gather too.
     y_NKD = permute_torch(y_ND, inverse_N, order_N, 1).unflatten(0, weights_TK.shape)
     # fp32 weights widen bf16 rows as they are multiplied; float64 stays float64.
     y_TD: Tensor = (y_NKD * weights_TK.unsqueeze(-1)).sum(dim=1)

@@ -56,6 +56,7 @@ def sum_rows_kernel(
     p_y,
     p_weights,
     p_inverse,
+    p_end,
     p_out,
     T,
     K: tl.constexpr,
@@ -63,14 +64,20 @@ def sum_rows_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[t] = sum over k of weights[t, k] * y[inverse[t, k]]; no weights are ones. Grid as above."""
+    """out[t] = sum over k of weights[t, k] * y[inverse[t, k]]; no weights are ones. Grid as above.
+
+    Rows from the number at p_end on count as zeros; no p_end, and every row counts.
+    """
     o_T, in_T = _tokens(T, BLOCK_T)
     o_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_TD = in_T[:, None] & (o_D < D)[None, :]
     b_sum = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for k in range(K):
         b_rows = tl.load(p_inverse + o_T * K + k, mask=in_T, other=0).to(tl.int64)
-        b_y = tl.load(p_y + b_rows[:, None] * D + o_D[None, :], mask=m_TD, other=0.0).to(tl.float32)
+        m_rows = m_TD
+        if p_end is not None:
+            m_rows = m_TD & (b_rows < tl.load(p_end))[:, None]
+        b_y = tl.load(p_y + b_rows[:, None] * D + o_D[None, :], mask=m_rows, other=0.0).to(tl.float32)
         if p_weights is not None:
             b_y *= tl.load(p_weights + o_T * K + k, mask=in_T, other=0.0)[:, None]
         b_sum += b_y
@@ -134,15 +141,21 @@ def copy_rows(x_TD: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
     return out_ND
 
 
-def sum_rows(y_ND: Tensor, weights_TK: Tensor | None, inverse_N: Tensor, top_k: int) -> Tensor:
-    """Launch the forward of `combine`, or without weights the backward of `permute`; contiguous inputs."""
+def sum_rows(
+    y_ND: Tensor, weights_TK: Tensor | None, inverse_N: Tensor, top_k: int, *, ends_e: Tensor | None = None
+) -> Tensor:
+    """Launch the forward of `combine`, or without weights of `unpermute`; contiguous inputs.
+
+    Rows of no expert, those from ends[-1] on, count as zeros if ends_e is given.
+    """
     N, D = y_ND.shape
     T = N // top_k
     out_TD = y_ND.new_empty(T, D)
     if out_TD.numel():
         constants = constants_for(top_k, D)
         grid = (triton.cdiv(T, constants["BLOCK_T"]), triton.cdiv(D, constants["BLOCK_D"]))
-        tensors = (y_ND, weights_TK, inverse_N, out_TD)
+        end = None if ends_e is None else ends_e[-1:]
+        tensors = (y_ND, weights_TK, inverse_N, end, out_TD)
         with torch.cuda.device_of(y_ND):
             sum_rows_kernel[grid](*tensors, T, **constants, num_warps=NUM_WARPS)
     return out_TD

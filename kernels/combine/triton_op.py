@@ -18,6 +18,12 @@ def permute_triton(x_TD: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
     return out_ND
 
 
+def unpermute_triton(y_ND: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
+    """Contract of `unpermute`, whose checks have passed. Saves the inverse only."""
+    out_TD: Tensor = _unpermute(y_ND, inverse_N, top_k)
+    return out_TD
+
+
 def combine_triton(y_ND: Tensor, weights_TK: Tensor, inverse_N: Tensor) -> Tensor:
     """Contract of `combine`, whose checks have passed. Saves its three inputs, no row twice."""
     out_TD: Tensor = _combine(y_ND, weights_TK, inverse_N)
@@ -37,16 +43,16 @@ def _(x_TD: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
     return x_TD.new_empty(x_TD.shape[0] * top_k, x_TD.shape[1])
 
 
-@torch.library.custom_op("joulemoe::permute_backward", mutates_args=())
-def _permute_backward(grad_ND: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
+@torch.library.custom_op("joulemoe::unpermute", mutates_args=())
+def _unpermute(y_ND: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
     from moe.kernels.combine.triton_kernel import sum_rows
 
-    return sum_rows(grad_ND.contiguous(), None, inverse_N.contiguous(), top_k)
+    return sum_rows(y_ND.contiguous(), None, inverse_N.contiguous(), top_k)
 
 
-@_permute_backward.register_fake
-def _(grad_ND: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
-    return grad_ND.new_empty(grad_ND.shape[0] // top_k, grad_ND.shape[1])
+@_unpermute.register_fake
+def _(y_ND: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
+    return y_ND.new_empty(y_ND.shape[0] // top_k, y_ND.shape[1])
 
 
 @torch.library.custom_op("joulemoe::combine", mutates_args=())
@@ -78,14 +84,20 @@ def _(grad_TD: Tensor, y_ND: Tensor, weights_TK: Tensor, inverse_N: Tensor) -> t
     return y_ND.new_empty(y_ND.shape), weights_TK.new_empty(weights_TK.shape)
 
 
-def _save_for_permute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+# Each of the two is the other's transpose.
+def _save_inverse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, inverse_N, ctx.top_k = inputs
     ctx.save_for_backward(inverse_N)
 
 
 def _permute_gradient(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
     (inverse_N,) = ctx.saved_tensors
-    return _permute_backward(grad_ND, inverse_N, ctx.top_k), None, None
+    return _unpermute(grad_ND, inverse_N, ctx.top_k), None, None
+
+
+def _unpermute_gradient(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+    (inverse_N,) = ctx.saved_tensors
+    return _permute(grad_TD, inverse_N, ctx.top_k), None, None
 
 
 def _save_for_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -97,5 +109,6 @@ def _combine_gradient(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
     return grad_y_ND, grad_weights_TK, None
 
 
-_permute.register_autograd(_permute_gradient, setup_context=_save_for_permute)
+_permute.register_autograd(_permute_gradient, setup_context=_save_inverse)
+_unpermute.register_autograd(_unpermute_gradient, setup_context=_save_inverse)
 _combine.register_autograd(_combine_gradient, setup_context=_save_for_combine)

@@ -1,6 +1,6 @@
-"""SwiGLU experts over rows in expert order, one expert at a time: the oracle.
+"""SwiGLU experts over routed tokens, one pair at a time in spirit: the oracle.
 
-Shapes: R rows, D model, F expert hidden, G = 2F gate and up, e experts held here.
+Shapes: T tokens, K top-k, N = T*K routed pairs, D model, F expert hidden, G = 2F gate and up, e experts here.
 """
 
 from __future__ import annotations
@@ -9,12 +9,25 @@ import torch
 from torch import Tensor
 
 
-def expert_mlp_reference(x_RD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, ends_e: Tensor) -> Tensor:
-    """Same contract as `expert_mlp`."""
-    outputs, start = [], 0
+def expert_mlp_reference(
+    x_TD: Tensor,
+    w_gate_up_eGD: Tensor,
+    w_down_eDF: Tensor,
+    weights_TK: Tensor,
+    index: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """Same contract as `expert_mlp`; autograd differentiates it."""
+    order_N, _, ends_e = index
+    top_k = weights_TK.shape[1]
+    y_TD = torch.zeros(
+        x_TD.shape, dtype=torch.promote_types(x_TD.dtype, weights_TK.dtype), device=x_TD.device
+    )
+    start = 0
     for expert, end in enumerate(ends_e.tolist()):
-        x = x_RD[start:end]
-        gate, up = (x @ w_gate_up_eGD[expert].T).chunk(2, dim=-1)
-        outputs.append((gate * gate.sigmoid() * up) @ w_down_eDF[expert].T)
+        pairs = order_N[start:end]
+        tokens = pairs // top_k
+        gate, up = (x_TD[tokens] @ w_gate_up_eGD[expert].T).chunk(2, dim=-1)
+        y = (gate * gate.sigmoid() * up) @ w_down_eDF[expert].T
+        y_TD = y_TD.index_add(0, tokens, weights_TK.flatten()[pairs].unsqueeze(1) * y)
         start = end
-    return torch.cat(outputs)
+    return y_TD.to(x_TD.dtype)

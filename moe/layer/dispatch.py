@@ -1,6 +1,8 @@
 """Tokens to the ranks that hold their experts, and back.
 
-`dispatch` returns all that `combine` needs; nothing is kept in between. Shapes: moe/layer/types.py.
+`dispatch` returns all that `combine` needs; nothing is kept in between. The combine weights travel with the
+rows and the experts apply them, so that combine only adds, and no rank keeps expert outputs for the backward.
+Shapes: moe/layer/types.py.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.kernels.combine import combine, permute
+from moe.kernels.combine import permute, unpermute
 from moe.kernels.permute_index import permute_index
 from moe.layer.types import Dispatched, Exchange, Routing
 
@@ -23,13 +25,13 @@ class Dispatcher(Protocol):
         """Rows for the experts of this rank."""
         ...
 
-    def combine(self, y_RD: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
-        """The weighted sum of each token's expert outputs, y_TD."""
+    def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
+        """The sum of each token's weighted expert outputs, y_TD, from y of each row that arrived."""
         ...
 
 
 class LocalDispatcher:
-    """All experts are on this rank: only a permutation."""
+    """All experts are on this rank: nothing moves, the experts gather tokens as they load them."""
 
     def __init__(self, num_experts: int, *, backend: str = "auto") -> None:
         self.num_experts = num_experts
@@ -37,16 +39,12 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """Sort the routed pairs by expert."""
-        order_N, inverse_N, ends_E = permute_index(
-            routing.ids_TK.flatten(), self.num_experts, backend=self.backend
-        )
-        x_ND = permute(x_TD, order_N, inverse_N, routing.ids_TK.shape[1], backend=self.backend)
-        return Dispatched(x_ND, ends_E, order_N, inverse_N, None)
+        index = permute_index(routing.ids_TK.flatten(), self.num_experts, backend=self.backend)
+        return Dispatched(x_TD, routing.weights_TK, index, None)
 
-    def combine(self, y_RD: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
-        """Gather and sum."""
-        order_N, inverse_N = dispatched.order_N, dispatched.inverse_N
-        return combine(y_RD, routing.weights_TK, order_N, inverse_N, backend=self.backend)
+    def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
+        """The experts have added the pairs of each token."""
+        return y_RD
 
 
 class AllToAllDispatcher:
@@ -67,33 +65,37 @@ class AllToAllDispatcher:
         self.num_local_experts = num_experts // self.num_ranks
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        """1 sort by expert, 2 exchange counts, 3 exchange rows, 4 sort what arrived by local expert."""
+        """1 sort by expert, 2 exchange counts, 3 exchange rows and weights, 4 sort what arrived by expert."""
+        top_k = routing.ids_TK.shape[1]
         order_N, inverse_N, _ = permute_index(
             routing.ids_TK.flatten(), self.num_experts, backend=self.backend
         )
-        x_ND = permute(x_TD, order_N, inverse_N, routing.ids_TK.shape[1], backend=self.backend)
+        x_ND = permute(x_TD, order_N, inverse_N, top_k, backend=self.backend)
+        weights_N1 = permute(routing.weights_TK.reshape(-1, 1), order_N, inverse_N, 1, backend=self.backend)
         send_pe = routing.counts_E.view(self.num_ranks, self.num_local_experts)
         recv_pe = torch.empty_like(send_pe)
         dist.all_to_all_single(recv_pe, send_pe.contiguous(), group=self.group)
         send_rows = tuple(send_pe.sum(dim=1).tolist())
         recv_rows = tuple(recv_pe.sum(dim=1).tolist())
-        x_RD = all_to_all_rows(x_ND, send_rows, recv_rows, self.group)
+        sent = sum(send_rows)  # pairs of sentinel ids come last, and stay
+        x_RD = all_to_all_rows(x_ND[:sent], send_rows, recv_rows, self.group)
+        weights_R1 = all_to_all_rows(weights_N1[:sent], send_rows, recv_rows, self.group)
         local_ids_p = torch.arange(self.num_local_experts, device=x_TD.device).repeat(self.num_ranks)
         local_ids_R = local_ids_p.repeat_interleave(recv_pe.flatten(), output_size=sum(recv_rows))
-        order_R, inverse_R, ends_e = permute_index(local_ids_R, self.num_local_experts, backend=self.backend)
-        exchange = Exchange(send_rows, recv_rows, order_R, inverse_R)
-        x_RD = permute(x_RD, order_R, inverse_R, 1, backend=self.backend)
-        return Dispatched(x_RD, ends_e, order_N, inverse_N, exchange)
+        index = permute_index(local_ids_R, self.num_local_experts, backend=self.backend)
+        return Dispatched(x_RD, weights_R1, index, Exchange(send_rows, recv_rows, order_N, inverse_N, top_k))
 
-    def combine(self, y_RD: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
-        """The way of dispatch backwards, then gather and sum."""
+    def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
+        """Rows travel home, then the K of each token are added."""
         exchange = dispatched.exchange
         if exchange is None:
             raise ValueError("these rows were dispatched by another dispatcher: they carry no exchange")
-        y_RD = permute(y_RD, exchange.inverse_R, exchange.order_R, 1, backend=self.backend)
+        order_N, inverse_N = exchange.order_N, exchange.inverse_N
         y_ND = all_to_all_rows(y_RD, exchange.recv_rows, exchange.send_rows, self.group)
-        order_N, inverse_N = dispatched.order_N, dispatched.inverse_N
-        return combine(y_ND, routing.weights_TK, order_N, inverse_N, backend=self.backend)
+        stayed = order_N.shape[0] - y_ND.shape[0]
+        if stayed:
+            y_ND = torch.cat([y_ND, y_ND.new_zeros(stayed, y_ND.shape[1])])
+        return unpermute(y_ND, order_N, inverse_N, exchange.top_k, backend=self.backend)
 
 
 class _AllToAllRows(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The routed experts of one rank. e experts here, D model, F expert hidden, G = 2F, R rows."""
+"""The routed experts of one rank. e experts here, D model, F expert hidden, G = 2F."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.kernels.expert_mlp import expert_mlp
+from moe.layer.types import Dispatched
 
 
 class GroupedExperts(nn.Module):
@@ -21,10 +22,12 @@ class GroupedExperts(nn.Module):
         hidden_size: int,
         expert_hidden_size: int,
         *,
+        backend: str = "auto",
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        self.backend = backend
         e, D, F = num_local_experts, hidden_size, expert_hidden_size
         self.w_gate_up_eGD = nn.Parameter(torch.empty(e, 2 * F, D, dtype=dtype, device=device))
         self.w_down_eDF = nn.Parameter(torch.empty(e, D, F, dtype=dtype, device=device))
@@ -34,6 +37,9 @@ class GroupedExperts(nn.Module):
         nn.init.normal_(self.w_gate_up_eGD, std=std)
         nn.init.normal_(self.w_down_eDF, std=std)
 
-    def forward(self, x_RD: Tensor, ends_e: Tensor) -> Tensor:
-        """y_RD of rows sorted by expert; expert i owns rows ends[i-1] to ends[i]."""
-        return expert_mlp(x_RD, self.w_gate_up_eGD, self.w_down_eDF, ends_e)
+    def forward(self, dispatched: Dispatched) -> Tensor:
+        """y_RD: for each row that arrived the weighted sum over its pairs' experts."""
+        x_RD, weights_RK = dispatched.x_RD, dispatched.weights_RK
+        return expert_mlp(
+            x_RD, self.w_gate_up_eGD, self.w_down_eDF, weights_RK, dispatched.index, backend=self.backend
+        )

@@ -2,8 +2,8 @@
 
 1. route     x -> expert ids and weights        router.py
 2. dispatch  rows to the ranks of their experts dispatch.py
-3. compute   SwiGLU of each expert              experts.py
-4. combine   weighted sum back at each token    dispatch.py
+3. compute   SwiGLU of each expert, weighted    experts.py
+4. combine   sum back at each token             dispatch.py
 plus the shared expert, and the router losses, which are returned.
 
 Shapes: S sequence, B batch, T = S*B tokens on this rank, D model.
@@ -73,8 +73,8 @@ class MoELayer(nn.Module):
         x_TD = x_SBD.flatten(0, 1)
         routing = self.router(x_TD)
         dispatched = self.dispatcher.dispatch(x_TD, routing)
-        y_RD = self.experts(dispatched.x_RD, dispatched.ends_e)
-        y_SBD = self.dispatcher.combine(y_RD, dispatched, routing).view_as(x_SBD)
+        y_RD = self.experts(dispatched)
+        y_SBD = self.dispatcher.combine(y_RD, dispatched).view_as(x_SBD)
         if self.shared_expert is not None:
             y_SBD = y_SBD + self.shared_expert(x_SBD)
         losses = router_losses(
@@ -121,7 +121,12 @@ def build_moe_layer(
         device=device,
     )
     experts = GroupedExperts(
-        num_experts // ranks, hidden_size, expert_hidden_size, dtype=dtype, device=device
+        num_experts // ranks,
+        hidden_size,
+        expert_hidden_size,
+        backend=backend,
+        dtype=dtype,
+        device=device,
     )
     return MoELayer(
         router,

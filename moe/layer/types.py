@@ -23,12 +23,15 @@ class Routing:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows for this rank's experts, sorted by expert, and what combine needs to send results home."""
+    """Rows for this rank's experts as they arrived, and what combine needs to send results home.
+
+    Where no row travels they are the tokens themselves, R = T with K pairs each; rows that travelled, copied
+    once for each pair, have one pair each.
+    """
 
     x_RD: Tensor
-    ends_e: Tensor  # int32, expert i owns rows ends[i-1] to ends[i]
-    order_N: Tensor  # int64, pairs of this rank in expert order
-    inverse_N: Tensor
+    weights_RK: Tensor  # fp32, the combine weights travel with the rows
+    index: tuple[Tensor, Tensor, Tensor]  # the R*K pairs by expert of this rank, from permute_index
     exchange: Exchange | None  # None when all experts are here
 
 
@@ -38,8 +41,9 @@ class Exchange:
 
     send_rows: tuple[int, ...]  # to each rank
     recv_rows: tuple[int, ...]  # from each rank
-    order_R: Tensor  # received rows in expert order
-    inverse_R: Tensor
+    order_N: Tensor  # int64, this rank's own pairs in the order in which they left
+    inverse_N: Tensor
+    top_k: int
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def test_custom_ops_keep_torchs_rules(triton_device):
     ops = torch.ops.joulemoe
     torch.library.opcheck(ops.permute.default, (x_TD, inverse_N, 2))
     torch.library.opcheck(ops.combine.default, (y_ND, weights_TK, inverse_N))
-    torch.library.opcheck(ops.permute_backward.default, (y_ND.detach(), inverse_N, 2))
+    torch.library.opcheck(ops.unpermute.default, (y_ND, inverse_N, 2))
     backward = (x_TD.detach(), y_ND.detach(), weights_TK.detach(), inverse_N)
     torch.library.opcheck(ops.combine_backward.default, backward)
 
@@ -194,7 +194,7 @@ def requests_for(K: int, D: int, dtype: str, capability: int) -> list[Request]:
 
     rows, weights, index = f"*{dtype}:16", "*fp32:16", {"p_inverse": "*i64:16", "T": "i32"}
     constants = constants_for(K, D)
-    sums = index | {"p_y": rows, "p_out": rows}
+    sums = index | {"p_y": rows, "p_out": rows, "p_end": "*i32"}
     backward = index | {"p_grad": rows, "p_y": rows, "p_weights": weights}
     backward |= {"p_grad_y": rows, "p_grad_weights": weights}
     return [

@@ -1,141 +1,239 @@
-"""expert_mlp against its reference in float64: output and every gradient, expert by expert."""
+"""expert_mlp on all backends against its reference in float64: output, every gradient, expert by expert."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from gradients import gradients
-from tolerances import assert_close
+from routed_pairs import ROUTINGS, some_ids
+from tolerances import assert_as_good_as_plain, assert_close
+from torch import Tensor
 
 from moe.kernels.expert_mlp import expert_mlp
 from moe.kernels.expert_mlp.reference import expert_mlp_reference
+from moe.kernels.permute_index import permute_index
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 D, F = 16, 24
+NAMES = ("x", "w_gate_up", "w_down", "weights")
+Named = dict[str, Tensor]
 
 
-def inputs(rows_e: list[int], dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    generator = torch.Generator().manual_seed(sum(rows_e) + len(rows_e))
-    shapes = {
-        "x": (sum(rows_e), D),
-        "w_gate_up": (len(rows_e), 2 * F, D),
-        "w_down": (len(rows_e), D, F),
-    }
-    tensors = {
-        name: torch.randn(shape, generator=generator).div(shape[-1] ** 0.5 if name != "x" else 1).to(dtype)
-        for name, shape in shapes.items()
-    }
-    return tensors, torch.tensor(rows_e).cumsum(0).to(torch.int32)
+def inputs(T: int, E: int, K: int, sizes: tuple[int, int] = (D, F)) -> Named:
+    """Of float64, scaled so that outputs are of order one."""
+    generator = torch.Generator().manual_seed(T + E)
+    width, hidden = sizes
+    shapes = ((T, width), (E, 2 * hidden, width), (E, width, hidden))
+    x, gate_up, down = (torch.randn(shape, generator=generator).double() for shape in shapes)
+    weights = torch.rand(T, K, generator=generator).double() + 0.1
+    return dict(zip(NAMES, (x, gate_up / width**0.5, down * (3 / hidden**0.5), weights), strict=True))
 
 
-def uneven(num_rows: int, num_experts: int) -> list[int]:
-    chosen = torch.randint(num_experts, (num_rows,), generator=torch.Generator().manual_seed(num_experts))
-    return chosen.bincount(minlength=num_experts).tolist()
+def in_dtype(tensors: Named, dtype: torch.dtype) -> Named:
+    """Leaves; the combine weights stay in fp32 at least."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return {n: t.to(wide if n == "weights" else dtype).requires_grad_() for n, t in tensors.items()}
 
 
-ROWS = {
-    "one_row": [1],
-    "one_expert": [63],
-    "empty_ends": [0, 7, 0],
-    "hot_expert": [1, 0, 61, 1],
-    "uneven_16": uneven(63, 16),
-    "mostly_empty_100": uneven(63, 100),
-    "no_rows": [0, 0, 0],
-}
+def run(op: Any, tensors: Named, index: Any, cotangent_TD: Tensor, **options: Any) -> Named:
+    y_TD = op(*tensors.values(), index, **options)
+    return {"y": y_TD, **gradients(y_TD, cotangent_TD, **tensors)}
+
+
+def check(
+    routing: tuple[int, Tensor],
+    dtype: torch.dtype,
+    backend: str,
+    device: str,
+    *,
+    sizes: tuple[int, int] = (D, F),
+) -> None:
+    E, ids_TK = routing
+    T, K = ids_TK.shape
+    index = permute_index(ids_TK.flatten(), E)
+    rounded = {n: t.detach() for n, t in in_dtype(inputs(T, E, K, sizes), dtype).items()}
+    cotangent_TD = torch.randn(T, sizes[0], generator=torch.Generator().manual_seed(3)).to(dtype)
+    exact = run(expert_mlp_reference, in_dtype(rounded, torch.float64), index, cotangent_TD.double())
+    plain = run(expert_mlp_reference, in_dtype(rounded, dtype), index, cotangent_TD)
+    on_device = in_dtype({n: t.to(device) for n, t in rounded.items()}, dtype)
+    device_index = tuple(t.to(device) for t in index)
+    actual = run(expert_mlp, on_device, device_index, cotangent_TD.to(device), backend=backend)
+    for name, tensor in actual.items():
+        found = tensor.cpu()
+        assert found.dtype == (torch.float32 if name == "weights" and dtype.itemsize < 8 else dtype)
+        assert_as_good_as_plain(name, found, plain[name], exact[name], dtype=dtype)
+        assert_close(name, found, exact[name], dtype=dtype)
+    counts_E = ids_TK[(ids_TK >= 0) & (ids_TK < E)].bincount(minlength=E)
+    for name in ("w_gate_up", "w_down"):
+        for expert, rows in enumerate(counts_E.tolist()):
+            grad, expected = actual[name][expert].cpu(), exact[name][expert]
+            # Expert by expert: a hot one must not hide a wrong gradient of a cold one.
+            assert_close(f"{name}.grad of expert {expert} with {rows} rows", grad, expected, dtype=dtype)
+            assert rows or not grad.any(), "an expert without rows has a gradient of exact zeros"
+    nowhere = (ids_TK < 0) | (ids_TK >= E)
+    assert not actual["weights"].cpu()[nowhere].any(), "the weight of a sentinel has a gradient"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+def test_torch_equals_the_reference(routing, dtype):
+    check(routing, dtype, "torch", "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows_e", ROWS.values(), ids=ROWS)
-def test_equals_the_reference(rows_e, dtype):
-    tensors, ends_e = inputs(rows_e, dtype)
-    cotangent_RD = torch.randn(sum(rows_e), D, generator=torch.Generator().manual_seed(3)).to(dtype)
-    actual = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-    expected = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
-    y_RD = expert_mlp(*actual.values(), ends_e)
-    expected_y_RD = expert_mlp_reference(*expected.values(), ends_e)
-    assert y_RD.dtype == dtype
-    assert_close("y", y_RD, expected_y_RD)
-    actual_grads = gradients(y_RD, cotangent_RD, **actual)
-    expected_grads = gradients(expected_y_RD, cotangent_RD, **expected)
-    assert_close("x.grad", actual_grads["x"], expected_grads["x"])
-    for name in ("w_gate_up", "w_down"):
-        for expert, rows in enumerate(rows_e):
-            grad, expected_grad = actual_grads[name][expert], expected_grads[name][expert]
-            # Expert by expert: a hot one must not hide a wrong gradient of a cold one.
-            assert_close(f"{name}.grad of expert {expert} with {rows} rows", grad, expected_grad)
-            assert rows or not grad.any(), "an expert without rows has a gradient of exact zeros"
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+def test_triton_equals_the_reference(routing, dtype, triton_device):
+    check(routing, dtype, "triton", triton_device)
 
 
-def test_expanded_gradient():
-    # The gradient of y.sum() has stride 0, which grouped_mm's backward refuses.
-    tensors, ends_e = inputs([3, 0, 4], torch.float32)
-    actual = [tensor.clone().requires_grad_() for tensor in tensors.values()]
-    expected = [tensor.double().requires_grad_() for tensor in tensors.values()]
-    expert_mlp(*actual, ends_e).sum().backward()
-    expert_mlp_reference(*expected, ends_e).sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_many_tokens(backend, dtype, triton_device):
+    # Enough elements in every tensor for the mean difference to mean something.
+    check((8, some_ids(600, 8, 2)), dtype, backend, triton_device if backend == "triton" else "cpu")
+
+
+@pytest.mark.parametrize("sizes", [(33, 47), (1, 1), (130, 70), (65, 129)], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_odd_sizes(backend, sizes, triton_device):
+    device = triton_device if backend == "triton" else "cpu"
+    for dtype in (torch.float32, torch.bfloat16):
+        check(ROUTINGS["sentinels"], dtype, backend, device, sizes=sizes)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_reruns_are_bit_equal(backend, triton_device):
+    E, ids_TK = ROUTINGS["uneven_16"]
+    device = triton_device if backend == "triton" else "cpu"
+    tensors = {n: t.to(device) for n, t in inputs(*ids_TK.shape[:1], E, ids_TK.shape[1]).items()}
+    tensors = in_dtype(tensors, torch.bfloat16)
+    index = permute_index(ids_TK.flatten().to(device), E)
+    cotangent_TD = torch.ones(len(ids_TK), D, dtype=torch.bfloat16, device=device)
+    first, second = (run(expert_mlp, tensors, index, cotangent_TD, backend=backend) for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def small(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Named, Any]:
+    ids_TK = torch.tensor([[0, 2], [2, 0], [0, 2], [0, 2]], device=device)
+    tensors = {n: t.to(device) for n, t in inputs(4, 3, 2).items()}
+    return in_dtype(tensors, dtype), permute_index(ids_TK.flatten(), 3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_expanded_gradient(backend, triton_device):
+    # The gradient of y.sum() has stride 0.
+    tensors, index = small(triton_device)
+    actual = torch.autograd.grad(
+        expert_mlp(*tensors.values(), index, backend=backend).sum(), tensors.values()
+    )
+    exact = in_dtype({n: t.detach() for n, t in tensors.items()}, torch.float64)
+    expected = torch.autograd.grad(expert_mlp_reference(*exact.values(), index).sum(), exact.values())
     for name, ours, theirs in zip(tensors, actual, expected, strict=True):
-        assert_close(f"{name}.grad", ours.grad, theirs.grad)
+        assert_close(f"{name}.grad", ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["x", "w_gate_up", "w_down", "nothing"])
-def test_any_input_may_be_frozen(name):
-    tensors, ends_e = inputs([3, 0, 4], torch.float32)
-    if name in tensors:
-        tensors[name].requires_grad_()
-    y_RD = expert_mlp(*tensors.values(), ends_e)
-    assert y_RD.requires_grad == (name in tensors)
-    if name in tensors:
-        y_RD.sum().backward()
-        assert tensors[name].grad.any()
+@pytest.mark.parametrize("trained", [*NAMES, "nothing"])
+def test_any_input_may_be_frozen(trained):
+    tensors, index = small()
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name == trained)
+    y_TD = expert_mlp(*tensors.values(), index)
+    assert y_TD.requires_grad == (trained in tensors)
+    if trained in tensors:
+        y_TD.sum().backward()
+        assert tensors[trained].grad.any()
 
 
-def shaped(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_saves_x_h_weights_and_indices_only(backend, triton_device):
+    T, K, E = 8, 2, 3
+    device = triton_device if backend == "triton" else "cpu"
+    tensors = in_dtype({n: t.to(device) for n, t in inputs(T, E, K).items()}, torch.bfloat16)
+    index = permute_index(torch.arange(T * K, device=device) % E, E)
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        expert_mlp(*tensors.values(), index, backend=backend)
+    for parameter in (tensors["w_gate_up"], tensors["w_down"]):
+        assert saved.pop(parameter.data_ptr()) == parameter.nbytes
+    indices = sum(saved.pop(t.data_ptr()) for t in index)
+    assert indices == T * K * (8 + 8) + 4 * E
+    assert saved.pop(tensors["weights"].data_ptr()) == 4 * T * K
+    assert sum(saved.values()) == 2 * T * D + 4 * T * K * F
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_torch_compile_traces_one_graph(backend, triton_device):
+    def forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, index: Any) -> Tensor:
+        return expert_mlp(x * 2, gate_up, down, weights, index, backend=backend).square()
+
+    device = triton_device if backend == "triton" else "cpu"
+    tensors, index = small(device)
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    cotangent_TD = torch.ones(4, D, device=device)
+    actual, expected = (run(f, tensors, index, cotangent_TD) for f in (compiled, forward))
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_custom_ops_keep_torchs_rules(backend, triton_device):
+    device = triton_device if backend == "triton" else "cpu"
+    tensors, index = small(device)
+    ops = torch.ops.joulemoe
+    # Rows of sentinels in h are undefined: these have none.
+    torch.library.opcheck(ops.expert_mlp.default, (*tensors.values(), *index, backend))
+    frozen = [t.detach() for t in tensors.values()]
+    h_NG = torch.randn(8, 2 * F, device=device)
+    torch.library.opcheck(ops.expert_mlp_backward.default, (frozen[0] + 1, *frozen, *index, h_NG, backend))
+
+
+def shaped(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.zeros(shape, dtype=dtype) for shape in shapes]
 
 
-ENDS_2 = torch.tensor([1, 3], dtype=torch.int32)
-GOOD = ((3, 8), (2, 8, 8), (2, 8, 4))
+GOOD = ((3, 8), (2, 8, 8), (2, 8, 4), (3, 1))
+ENDS = torch.tensor([1, 3], dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "ends_e", "message"),
+    ("tensors", "index", "message"),
     [
-        (shaped((3, 1, 8), *GOOD[1:]), ENDS_2, r"got \[\(3, 1, 8\), \(2, 8, 8\), \(2, 8, 4\)\]"),
-        (shaped(GOOD[0], (8, 8), GOOD[2]), ENDS_2, r"got \[\(3, 8\), \(8, 8\), \(2, 8, 4\)\]"),
-        (shaped(*GOOD[:2], (8, 4)), ENDS_2, r"got \[\(3, 8\), \(2, 8, 8\), \(8, 4\)\]"),
-        (shaped(*GOOD[:2], (2, 8, 8)), ENDS_2, r"needs down \[2, 8, 4\] .* got down \(2, 8, 8\)"),
-        (shaped(GOOD[0], (2, 9, 8), GOOD[2]), ENDS_2, r"gate_up \(2, 9, 8\)"),
-        (shaped((3, 4), *GOOD[1:]), ENDS_2, r"x \[R, 8\], got .* x \(3, 4\)"),
-        (shaped(*GOOD), ENDS_2.long(), r"ends must be int32 of shape \[2\], got torch.int64 \(2,\)"),
-        (shaped(*GOOD), ENDS_2[:1], r"ends must be int32 of shape \[2\], got torch.int32 \(1,\)"),
+        (shaped((3, 1, 8), *GOOD[1:]), None, r"got \[\(3, 1, 8\), \(2, 8, 8\), \(2, 8, 4\), \(3, 1\)\]"),
+        (shaped(GOOD[0], (8, 8), *GOOD[2:]), None, r"got \[\(3, 8\), \(8, 8\), \(2, 8, 4\), \(3, 1\)\]"),
+        (shaped(*GOOD[:2], (8, 4), GOOD[3]), None, r"got \[\(3, 8\), \(2, 8, 8\), \(8, 4\), \(3, 1\)\]"),
+        (shaped(*GOOD[:2], (2, 8, 8), GOOD[3]), None, r"needs down \[2, 8, 4\] .* got down \(2, 8, 8\)"),
+        (shaped(GOOD[0], (2, 9, 8), *GOOD[2:]), None, r"gate_up \(2, 9, 8\)"),
+        (shaped((3, 4), *GOOD[1:]), None, r"x \[T, 8\], got .* x \(3, 4\)"),
+        (shaped(*GOOD[:3], (2, 1)), None, r"weights \(2, 1\) must have a row for each of the 3 tokens"),
+        (shaped(*GOOD), (torch.arange(2), torch.arange(3), ENDS), r"hold 3 pairs, got \(2,\) and \(3,\)"),
+        (shaped(*GOOD), (torch.arange(3),) * 2 + (ENDS.long(),), r"ends must be int32 .*, got torch.int64"),
         (
-            [torch.zeros(3, 8).bfloat16(), *shaped(*GOOD[1:])],
-            ENDS_2,
-            "x torch.bfloat16, gate_up torch.float32",
+            shaped(*GOOD),
+            (torch.arange(3),) * 2 + (ENDS[:1],),
+            r"int32 of shape \[2\], got torch.int32 \(1,\)",
         ),
-        (
-            shaped(*GOOD, dtype=torch.float64),
-            ENDS_2,
-            "torch.float64 is not supported; allowed: torch.float32,",
-        ),
-        (
-            shaped((3, 6), (2, 8, 6), (2, 6, 4)),
-            ENDS_2,
-            "model size 6 and expert hidden size 4 .* multiples of 4",
-        ),
-        (
-            shaped((3, 8), (2, 6, 8), (2, 8, 3)),
-            ENDS_2,
-            "model size 8 and expert hidden size 3 .* multiples of 4",
-        ),
-        (
-            shaped(*GOOD, dtype=torch.bfloat16),
-            ENDS_2,
-            "expert hidden size 4 must be multiples of 8 in torch.bfl",
-        ),
+        ([torch.zeros(3, 8).bfloat16(), *shaped(*GOOD[1:])], None, "x torch.bfloat16, gate_up torch.float32"),
+        (shaped(*GOOD, dtype=torch.int32), None, "torch.int32 is not supported by backend='torch'; allowed"),
+        (shaped(*GOOD, dtype=torch.bfloat16), None, "weights must be torch.float32 for x of torch.bfloat16"),
     ],
 )
-def test_what_does_not_fit_is_refused(tensors, ends_e, message):
+def test_what_does_not_fit_is_refused(tensors, index, message):
     with pytest.raises(ValueError, match=message):
-        expert_mlp(*tensors, ends_e)
+        expert_mlp(*tensors, index or (torch.arange(3), torch.arange(3), ENDS))
+
+
+def test_triton_refuses_float64(triton_device):
+    tensors, index = small(triton_device, torch.float64)
+    with pytest.raises(
+        ValueError, match=r"torch\.float64 is not supported by backend='triton'; allowed: torch.f"
+    ):
+        expert_mlp(*tensors.values(), index, backend="triton")

@@ -1,4 +1,4 @@
-"""Dispatch and combine use the backend that they are given, and all backends agree."""
+"""Dispatch, experts and combine use the backend that they are given, and all backends agree."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gradients import gradients
 from tolerances import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe.layer import AllToAllDispatcher, Dispatcher, LocalDispatcher, Routing
+from moe.layer import AllToAllDispatcher, GroupedExperts, LocalDispatcher, Routing
 
-D, E, K, T = 5, 8, 2, 7
+D, F, E, K, T = 5, 6, 8, 2, 7
 Named = dict[str, torch.Tensor]
 
 
@@ -31,17 +31,24 @@ class CountOurOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def there_and_back(dispatcher: Dispatcher, seed: int, device: str) -> tuple[Named, Counter[str]]:
-    """y and the gradients, where the experts square, and our operators; tokens and ids are the seed's."""
+def there_and_back(
+    dispatcher: Any, num_local_experts: int, seed: int, device: str
+) -> tuple[Named, Counter[str]]:
+    """y, the gradients, and our operators; tokens and ids are the seed's."""
     generator = torch.Generator().manual_seed(seed)
     ids_TK = torch.rand(T, E, generator=generator).argsort(dim=1)[:, :K].to(device)
     x_TD, cotangent_TD = torch.randn(2, T, D, generator=generator).to(device)
     weights_TK = torch.rand(T, K, generator=generator).to(device).requires_grad_()
     x_TD.requires_grad_()
+    # The same expert everywhere, so that it does not matter which rank has which.
+    experts = GroupedExperts(num_local_experts, D, F, backend=dispatcher.backend, device=torch.device(device))
+    with torch.no_grad():
+        for weight in experts.parameters():
+            weight.copy_(torch.randn(weight.shape[1:], generator=generator.manual_seed(7)))
     routing = Routing(ids_TK, weights_TK, ids_TK.flatten().bincount(minlength=E), torch.empty(0))
     with CountOurOps() as ours:
         dispatched = dispatcher.dispatch(x_TD, routing)
-        y_TD = dispatcher.combine(dispatched.x_RD.square(), dispatched, routing)
+        y_TD = dispatcher.combine(experts(dispatched), dispatched)
     return {"y": y_TD.detach(), **gradients(y_TD, cotangent_TD, x=x_TD, weights=weights_TK)}, ours.calls
 
 
@@ -49,15 +56,18 @@ def on_rank(backend: str) -> tuple[Named, Counter[str]]:
     from triton_interpreter import install
 
     install()
-    return there_and_back(AllToAllDispatcher(E, dist.group.WORLD, backend=backend), dist.get_rank(), "cpu")
+    return there_and_back(
+        AllToAllDispatcher(E, dist.group.WORLD, backend=backend), E // 2, dist.get_rank(), "cpu"
+    )
 
 
 def test_one_rank(triton_device):
     (actual, ours), (expected, none) = (
-        there_and_back(LocalDispatcher(E, backend=backend), 0, triton_device)
+        there_and_back(LocalDispatcher(E, backend=backend), E, 0, triton_device)
         for backend in ("triton", "torch")
     )
-    assert ours == {"permute_index": 1, "permute": 1, "combine": 1} and not none
+    assert ours == {"permute_index": 1, "expert_mlp": 1}
+    assert none == {"expert_mlp": 1}
     for name, tensor in expected.items():
         assert_close(name, actual[name], tensor)
 
@@ -66,7 +76,7 @@ def test_one_rank(triton_device):
 def test_two_ranks(start_ranks):
     results = start_ranks(2).run(on_rank, "triton")
     for rank, (actual, ours) in enumerate(results):
-        assert ours == {"permute_index": 2, "permute": 3, "combine": 1}
-        expected, _ = there_and_back(LocalDispatcher(E, backend="torch"), rank, "cpu")
+        assert ours == {"permute_index": 2, "permute": 2, "expert_mlp": 1, "unpermute": 1}
+        expected, _ = there_and_back(LocalDispatcher(E, backend="torch"), E, rank, "cpu")
         for name, tensor in expected.items():
             assert_close(f"{name} of rank {rank}", actual[name], tensor)

@@ -36,7 +36,7 @@ def through_experts(
     counts_E = tokens["ids"].flatten().bincount(minlength=E)
     routing = Routing(tokens["ids"], weights_TK, counts_E, torch.empty(0))
     dispatched = dispatcher.dispatch(x_TD, routing)
-    y_TD = dispatcher.combine(experts(dispatched.x_RD, dispatched.ends_e), dispatched, routing)
+    y_TD = dispatcher.combine(experts(dispatched), dispatched)
     parameters = dict(experts.named_parameters())
     grads = gradients(y_TD, tokens["cotangent"], x=x_TD, weights=weights_TK, **parameters)
     return {"y": y_TD.detach(), **grads}
@@ -195,7 +195,7 @@ def refusals_on_rank() -> list[str]:
     attempts = [
         lambda: AllToAllDispatcher(7, group),
         lambda: build_moe_layer(D, 7, K, F, ep_group=group),
-        lambda: AllToAllDispatcher(E, group).combine(torch.zeros(6, D), foreign, routing),
+        lambda: AllToAllDispatcher(E, group).combine(torch.zeros(6, D), foreign),
     ]
     messages = []
     for attempt in attempts:

@@ -1,0 +1,5 @@
+"""Each expert's rows times its own weight."""
+
+from moe.kernels.grouped_gemm.op import grouped_gemm
+
+__all__ = ["grouped_gemm"]
