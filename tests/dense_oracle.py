@@ -41,11 +41,22 @@ def weights_of(logits_E: Tensor, router: Mapping[str, Any]) -> dict[int, Tensor]
     scores_E = logits_E.sigmoid() if router["score"] == "sigmoid" else logits_E.softmax(dim=0)
     # Without score_before_topk the bias is added to logits, and then the choice may be another.
     choice_E = (scores_E if router["score_before_topk"] else logits_E) + router["bias_E"]
-    chosen = sorted(range(len(logits_E)), key=lambda e: (-choice_E[e].item(), e))[: router["top_k"]]
+    experts = _open_experts(choice_E.tolist(), router["num_groups"], router["top_groups"])
+    chosen = sorted(experts, key=lambda e: (-choice_E[e].item(), e))[: router["top_k"]]
     weights_K = scores_E[chosen]
     if router["renormalize"] or not router["score_before_topk"]:
         weights_K = weights_K / weights_K.sum()
     return dict(zip(chosen, weights_K * router["scale"], strict=True))
+
+
+def _open_experts(choice: list[float], num_groups: int, top_groups: int) -> list[int]:
+    """Experts of the groups with the largest sums of their two best (arXiv 2412.19437, section 2.1.2)."""
+    if num_groups == 1:
+        return list(range(len(choice)))
+    size = len(choice) // num_groups
+    groups = [list(range(first, first + size)) for first in range(0, len(choice), size)]
+    groups.sort(key=lambda group: -sum(sorted(choice[e] for e in group)[-2:]))
+    return [e for group in groups[:top_groups] for e in group]
 
 
 def swiglu(x_D: Tensor, gate_up_GD: Tensor, down_DF: Tensor) -> Tensor:

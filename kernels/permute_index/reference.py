@@ -1,4 +1,4 @@
-"""Stable counting sort of expert ids, written to be obvious. N routed pairs, E experts."""
+"""Stable counting sort of expert ids and its padding, written to be obvious. N routed pairs, E experts."""
 
 from __future__ import annotations
 
@@ -20,4 +20,22 @@ def permute_index_reference(ids_N: Tensor, num_experts: int) -> tuple[Tensor, Te
         torch.tensor(order, dtype=torch.int64, device=ids_N.device),
         torch.tensor(inverse, dtype=torch.int64, device=ids_N.device),
         torch.tensor(ends, dtype=torch.int32, device=ids_N.device),
+    )
+
+
+def pad_to_tiles_reference(ends_E: Tensor, num_rows: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Same contract as `pad_to_tiles`, with Python lists."""
+    rows: list[int] = []
+    padded_ends = []
+    start = 0
+    for end in ends_E.tolist():
+        rows += range(start, end)
+        rows += [-1] * (-len(rows) % tile)
+        padded_ends.append(len(rows))
+        start = end
+    most = (num_rows + min(num_rows, len(padded_ends)) * (tile - 1)) // tile * tile
+    rows += [-1] * (most - len(rows))
+    return (
+        torch.tensor(rows, dtype=torch.int64, device=ends_E.device),
+        torch.tensor(padded_ends, dtype=torch.int32, device=ends_E.device),
     )

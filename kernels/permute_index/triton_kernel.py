@@ -85,3 +85,36 @@ def permute_index_triton(ids_N: Tensor, num_experts: int) -> tuple[Tensor, Tenso
         running_SP = counts_SP.flatten().cumsum(0, dtype=torch.int32).view_as(counts_SP)
         place_kernel[(num_tiles,)](ids_N, order_N, inverse_N, running_SP, **sizes)
     return order_N, inverse_N, running_SP[:E, -1].contiguous()
+
+
+@triton.jit(do_not_specialize=["E", "P"])
+def pad_to_tiles_kernel(  # noqa: PLR0917
+    p_ends, p_rows, p_padded_ends, E, P, TILE: tl.constexpr, E_PAD: tl.constexpr, TILE_PAD: tl.constexpr
+):
+    """One padded tile a program, of one expert or of none; each finds its own from all the ends."""
+    first = tl.program_id(0).to(tl.int64) * TILE
+    o_E = tl.arange(0, E_PAD)
+    b_ends = tl.load(p_ends + o_E, mask=o_E < E, other=0)
+    b_starts = tl.load(p_ends + o_E - 1, mask=(o_E < E) & (o_E > 0), other=0)
+    b_padded = tl.where(o_E < E, (b_ends - b_starts + TILE - 1) // TILE * TILE, 0)
+    b_padded_ends = tl.cumsum(b_padded, axis=0)
+    b_padded_starts = b_padded_ends - b_padded
+    is_mine = (b_padded_starts <= first) & (first < b_padded_ends)
+    start = tl.sum(tl.where(is_mine, b_starts + first - b_padded_starts, 0), axis=0)
+    end = tl.sum(tl.where(is_mine, b_ends, 0), axis=0)
+    o_tile = tl.arange(0, TILE_PAD)
+    b_rows = tl.where(start + o_tile < end, start + o_tile, -1)
+    tl.store(p_rows + first + o_tile, b_rows, mask=(o_tile < TILE) & (first + o_tile < P))
+    tl.store(p_padded_ends + o_E, b_padded_ends, mask=(o_E < E) & (first == 0))
+
+
+def pad_to_tiles_triton(ends_E: Tensor, num_padded: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Launch one program a tile; contract of `pad_to_tiles`."""
+    E = ends_E.shape[0]
+    rows_P = torch.empty(num_padded, dtype=torch.int64, device=ends_E.device)
+    padded_ends_E = torch.empty_like(ends_E)
+    grid = (max(1, num_padded // tile),)  # without rows, too, the ends are written
+    pads = {"E_PAD": triton.next_power_of_2(E), "TILE_PAD": triton.next_power_of_2(tile)}
+    with torch.cuda.device_of(ends_E):
+        pad_to_tiles_kernel[grid](ends_E, rows_P, padded_ends_E, E, num_padded, TILE=tile, **pads)
+    return rows_P, padded_ends_E

@@ -1,9 +1,11 @@
-"""Top-k routing: the public function, its checks, and the choice of the backend.
+"""Top-k routing: the public functions, their checks, and the choice of the backend.
 
-Shapes: T tokens, E experts, K top-k.
+Shapes: T tokens, E experts, K top-k, B sequences.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ SCORES = ("softmax", "sigmoid")
 # The Triton kernel holds whole rows in registers and takes K rounds over them.
 MAX_TRITON_EXPERTS = 1024
 MAX_TRITON_TOP_K = 16
+MAX_SEQUENCES = 65_535  # the second axis of a launch on CUDA
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,8 +60,110 @@ def topk_route(
     Raises:
         ValueError: for shapes, a score, a K, groups or a backend that cannot work.
     """
+    ids_TK, weights_TK, counts_1E, _ = _route(
+        logits_TE,
+        top_k,
+        score=score,
+        score_before_topk=score_before_topk,
+        renormalize=renormalize,
+        scale=scale,
+        bias_E=bias_E,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        backend=backend,
+    )
+    return ids_TK, weights_TK, counts_1E.squeeze(0)
+
+
+@dataclass(frozen=True)
+class RouteSums:
+    """What router losses are made of: sums over the tokens of each sequence, to which gradients flow.
+
+    Attributes:
+        counts_BE: int64, tokens that chose each expert.
+        shares_BE: fp32, sums of each expert's share of a token's scores: its softmax over all experts, or its
+            sigmoid over the sum of all sigmoids (arXiv 2412.19437, equation 19).
+        z_B: fp32, sums of log(sum(exp(logits)))^2 (arXiv 2202.08906, equation 5).
+    """
+
+    counts_BE: Tensor
+    shares_BE: Tensor
+    z_B: Tensor
+
+
+def topk_route_with_sums(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    num_sequences: int,
+    score: str = "softmax",
+    score_before_topk: bool = True,
+    renormalize: bool = False,
+    scale: float = 1.0,
+    bias_E: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, RouteSums]:
+    """`topk_route`, and from the same pass over the logits, forward and backward, what router losses need.
+
+    Sums are taken in an order that depends on the shape only.
+
+    Args:
+        logits_TE: as in `topk_route`.
+        top_k: as in `topk_route`.
+        num_sequences: B. Token t belongs to sequence t % B, as in hidden states [S, B, D]; one sequence takes
+            all tokens.
+        score: as in `topk_route`; and its shares are summed.
+        score_before_topk: as in `topk_route`; shares are always those among all experts.
+        renormalize: as in `topk_route`.
+        scale: as in `topk_route`; shares are not scaled.
+        bias_E: as in `topk_route`; not in the shares.
+        num_groups: as in `topk_route`.
+        top_groups: as in `topk_route`.
+        backend: as in `topk_route`.
+
+    Returns:
+        ids_TK and weights_TK of `topk_route`, and the sums.
+
+    Raises:
+        ValueError: as `topk_route`, or if the tokens are not num_sequences equally long sequences.
+    """
+    ids_TK, weights_TK, counts_BE, sums_BX = _route(
+        logits_TE,
+        top_k,
+        score=score,
+        score_before_topk=score_before_topk,
+        renormalize=renormalize,
+        scale=scale,
+        bias_E=bias_E,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        backend=backend,
+        sums_of=score,
+        num_sequences=num_sequences,
+    )
+    return ids_TK, weights_TK, RouteSums(counts_BE, sums_BX[:, :-1], sums_BX[:, -1])
+
+
+def _route(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    score: str,
+    score_before_topk: bool,
+    renormalize: bool,
+    scale: float,
+    bias_E: Tensor | None,
+    num_groups: int,
+    top_groups: int,
+    backend: str,
+    sums_of: str | None = None,
+    num_sequences: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(logits_TE, top_k, score, score_before_topk, bias_E)
     _check_groups(logits_TE.shape[1], top_k, num_groups, top_groups)
+    _check_sequences(logits_TE.shape[0], num_sequences)
     ranks_by_logits = not score_before_topk or (bias_E is None and num_groups == 1)
     route = topk_route_torch
     if choose_backend(backend, logits_TE) == "triton":
@@ -73,6 +178,8 @@ def topk_route(
         scale=scale,
         num_groups=num_groups,
         top_groups=top_groups,
+        sums_of=sums_of,
+        num_sequences=num_sequences,
     )
 
 
@@ -111,6 +218,14 @@ def _check_groups(num_experts: int, top_k: int, num_groups: int, top_groups: int
         raise ValueError(
             f"top_k={top_k} is more than the {top_groups * size} experts of top_groups={top_groups}; "
             "raise top_groups"
+        )
+
+
+def _check_sequences(num_tokens: int, num_sequences: int) -> None:
+    if not 1 <= num_sequences <= MAX_SEQUENCES or num_tokens % num_sequences:
+        raise ValueError(
+            f"num_sequences={num_sequences} must divide the {num_tokens} tokens into equally long sequences, "
+            f"at most {MAX_SEQUENCES}"
         )
 
 

@@ -1,6 +1,6 @@
 """Top-k routing, written to be obvious: the oracle of every faster version.
 
-Shapes: T tokens, E experts, K top-k. fp32, or float64 if the logits are.
+Shapes: T tokens, E experts, K top-k, B sequences. fp32, or float64 if the logits are.
 """
 
 from __future__ import annotations
@@ -89,6 +89,45 @@ def topk_route_backward_reference(
             g_TK = (g_TK - (scores_TK / total_T1 * g_TK).sum(dim=-1, keepdim=True)) / total_T1
         grad_TK = g_TK * scores_TK * (1 - scores_TK)
     return zeros_TE.scatter(1, ids_TK, grad_TK)
+
+
+def route_sums_reference(
+    logits_TE: Tensor, ids_TK: Tensor, num_sequences: int, *, score: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """counts_BE, shares_BE and z_B of `topk_route_with_sums`, one token at a time."""
+    logits_TE = _wide(logits_TE)
+    counts_BE = torch.zeros(num_sequences, logits_TE.shape[1], dtype=torch.int64, device=logits_TE.device)
+    shares = [torch.zeros_like(logits_TE[0]) for _ in range(num_sequences)]
+    z = [logits_TE.new_zeros(()) for _ in range(num_sequences)]
+    for t, logits_E in enumerate(logits_TE):
+        b = t % num_sequences
+        counts_BE[b, ids_TK[t]] += 1
+        scores_E = logits_E.sigmoid() if score == "sigmoid" else logits_E.softmax(dim=0)
+        shares[b] = shares[b] + (scores_E / (scores_E.sum() + EPS) if score == "sigmoid" else scores_E)
+        z[b] = z[b] + logits_E.logsumexp(dim=0) ** 2
+    return counts_BE, torch.stack(shares), torch.stack(z)
+
+
+def route_sums_backward_reference(
+    grad_shares_BE: Tensor, grad_z_B: Tensor, logits_TE: Tensor, *, score: str
+) -> Tensor:
+    """What the sums add to the logits' gradient, as equations. G and g are those of the token's sequence.
+
+    shares of a softmax      p_j (G_j - sum p G)
+    shares of sigmoids       q_j (G_j - sum q G) (1 - s_j)     with q = s / sum s
+    z                        2 g log(sum exp(logits)) p_j
+    """
+    logits_TE = _wide(logits_TE)
+    sequence_T = torch.arange(logits_TE.shape[0]) % grad_z_B.shape[0]
+    g_TE, g_z_T1 = grad_shares_BE[sequence_T], grad_z_B[sequence_T, None]
+    probs_TE = logits_TE.softmax(dim=-1)
+    grad_TE = 2 * g_z_T1 * logits_TE.logsumexp(dim=-1, keepdim=True) * probs_TE
+    if score == "softmax":
+        return grad_TE + probs_TE * (g_TE - (probs_TE * g_TE).sum(dim=-1, keepdim=True))
+    scores_TE = logits_TE.sigmoid()
+    shares_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + EPS)
+    dot_T1 = (shares_TE * g_TE).sum(dim=-1, keepdim=True)
+    return grad_TE + shares_TE * (g_TE - dot_T1) * (1 - scores_TE)
 
 
 def _best_experts(

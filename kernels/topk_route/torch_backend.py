@@ -1,9 +1,14 @@
-"""Top-k routing in plain torch, with torch's own gradient. T tokens, E experts, K top-k, G groups."""
+"""Top-k routing in plain torch, with torch's own gradient.
+
+Shapes: T tokens, E experts, K top-k, G groups, B sequences, X = E + 1.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+EPS = 1e-20  # as in DeepSeek-V3's code: sigmoids that all vanish leave zeros, not NaN
 
 
 def topk_route_torch(
@@ -16,8 +21,12 @@ def topk_route_torch(
     scale: float,
     num_groups: int,
     top_groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns of `topk_route`; arguments as `topk_route` has checked and reduced them.
+    sums_of: str | None,
+    num_sequences: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids and weights of `topk_route`, counts_BE, and sums_BX, whose last column is the sum for the z loss.
+
+    Arguments are as `topk_route` has checked and reduced them.
 
     Args:
         logits_TE: any floating dtype; computed in fp32, or in float64 if it is that.
@@ -28,6 +37,8 @@ def topk_route_torch(
         scale: multiplies the weights.
         num_groups: G.
         top_groups: groups that a token may use.
+        sums_of: the scores whose shares are summed, `softmax` or `sigmoid`; None leaves sums_BX without rows.
+        num_sequences: B; token t belongs to sequence t % B.
     """
     if logits_TE.dtype != torch.float64:
         logits_TE = logits_TE.float()
@@ -38,9 +49,24 @@ def topk_route_torch(
         if num_groups > 1:
             choice_TE = _close_groups(choice_TE, num_groups, top_groups)
         ids_TK = _first(choice_TE, top_k)
-        counts_E = torch.zeros(logits_TE.shape[1], dtype=torch.int64, device=logits_TE.device)
-        counts_E = counts_E.scatter_add(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())
-    return ids_TK, _weights(logits_TE, ids_TK, weighting) * scale, counts_E
+        ids_BN = ids_TK.unflatten(0, (-1, num_sequences)).transpose(0, 1).flatten(1)
+        counts_BE = logits_TE.new_zeros(num_sequences, logits_TE.shape[1], dtype=torch.int64)
+        counts_BE = counts_BE.scatter_add(1, ids_BN, torch.ones_like(ids_BN))
+    sums_BX = _sums(logits_TE, sums_of, num_sequences)
+    return ids_TK, _weights(logits_TE, ids_TK, weighting) * scale, counts_BE, sums_BX
+
+
+def _sums(logits_TE: Tensor, sums_of: str | None, num_sequences: int) -> Tensor:
+    if sums_of is None:
+        return logits_TE.new_empty(0, logits_TE.shape[1] + 1)
+    if sums_of == "softmax":
+        shares_TE = logits_TE.softmax(dim=-1)
+    else:
+        scores_TE = logits_TE.sigmoid()
+        shares_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + EPS)
+    z_T1 = logits_TE.logsumexp(dim=-1, keepdim=True).square()
+    sums = [values.unflatten(0, (-1, num_sequences)).sum(dim=0) for values in (shares_TE, z_T1)]
+    return torch.cat(sums, dim=1)
 
 
 def _choice_scores(logits_TE: Tensor, choice: str) -> Tensor:
@@ -73,5 +99,4 @@ def _weights(logits_TE: Tensor, ids_TK: Tensor, weighting: str) -> Tensor:
     scores_TK = chosen_TK.sigmoid()
     if weighting == "sigmoid":
         return scores_TK
-    # 1e-20 as in DeepSeek-V3's code: sigmoids that all vanish leave zeros, not NaN.
-    return scores_TK / (scores_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    return scores_TK / (scores_TK.sum(dim=-1, keepdim=True) + EPS)

@@ -30,74 +30,56 @@ class BalanceSettings:
         if self.aux_loss not in AUX_LOSSES:
             raise ValueError(f"aux_loss={self.aux_loss!r} is unknown; allowed: {', '.join(AUX_LOSSES)}")
 
+    @property
+    def balances(self) -> bool:
+        """Whether there is a balance loss."""
+        return self.aux_loss != "none" and self.aux_loss_coeff > 0
+
+    def num_sequences(self, batch_size: int) -> int:
+        """Sequences to sum over apart, for the router: scope `batch` takes all as one, no loss needs none."""
+        if self.balances and self.aux_loss == "sequence":
+            return batch_size
+        return 1 if self.balances or self.z_loss_coeff > 0 else 0
+
 
 def router_losses(
-    routing: Routing,
-    sequence_length: int,
-    settings: BalanceSettings,
-    *,
-    score: str,
-    sequence_group: dist.ProcessGroup | None = None,
+    routing: Routing, settings: BalanceSettings, *, sequence_group: dist.ProcessGroup | None = None
 ) -> Losses:
-    """Balance and z loss of the tokens of this rank.
+    """Balance and z loss of the tokens of this rank, from the sums that routing left.
 
-    Args:
-        routing: of S*B tokens in sequence-first order (token t is position t // B of sequence t % B).
-        sequence_length: S, the positions of each sequence that this rank holds.
-        settings: scopes and coefficients.
-        score: `softmax` or `sigmoid`; sigmoid scores are divided by their sum, as in DeepSeek-V3.
-        sequence_group: ranks that hold the other positions of the same sequences (sequence parallelism).
-            The returned values are this rank's share; their sum over the group is the loss.
-    """
-    parts = dist.get_world_size(sequence_group) if sequence_group is not None else 1
-    logits_SBE = routing.logits_TE.unflatten(0, (sequence_length, -1))
-    zero = routing.logits_TE.new_zeros(())
-    balance, z = zero, zero
-    if settings.aux_loss != "none" and settings.aux_loss_coeff > 0:
-        balance = settings.aux_loss_coeff * _balance_loss(
-            logits_SBE,
-            routing.ids_TK,
-            scope=settings.aux_loss,
-            score=score,
-            parts=parts,
-            sequence_group=sequence_group,
-        )
-    if settings.z_loss_coeff > 0:
-        z = settings.z_loss_coeff * logits_SBE.logsumexp(dim=-1).square().mean() / parts
-    return Losses(balance, z)
-
-
-def _balance_loss(
-    logits_SBE: Tensor,
-    ids_TK: Tensor,
-    *,
-    scope: str,
-    score: str,
-    parts: int,
-    sequence_group: dist.ProcessGroup | None,
-) -> Tensor:
-    """E * sum_e f_e * P_e: f_e the share of routed pairs, P_e the mean score of expert e.
-
+    The balance loss is E * sum_e f_e * P_e: f_e the share of routed pairs, P_e the mean score of expert e.
     Scope `batch` is the Switch Transformer's loss (arXiv 2101.03961, equation 4) generalised to top-k;
     `sequence` takes it in each sequence, then the mean (arXiv 2412.19437, equations 17-20).
+
+    Args:
+        routing: with sums over settings.num_sequences.
+        settings: scopes and coefficients.
+        sequence_group: ranks that hold the other positions of the same sequences (sequence parallelism).
+            The returned values are this rank's share; their sum over the group is the loss.
+
+    Raises:
+        ValueError: if a loss is on and the router has summed nothing.
     """
-    S, B, E = logits_SBE.shape
-    K = ids_TK.shape[1]
-    if score == "sigmoid":
-        scores_SBE = logits_SBE.sigmoid()
-        probs_SBE = scores_SBE / (scores_SBE.sum(dim=-1, keepdim=True) + 1e-20)
-    else:
-        probs_SBE = logits_SBE.softmax(dim=-1)
-    with torch.no_grad():
-        chosen_SBE = torch.zeros_like(logits_SBE).view(S * B, E).scatter_(1, ids_TK, 1.0).view(S, B, E)
-        counts_BE = chosen_SBE.sum(dim=0)
+    zero = routing.weights_TK.new_zeros(())
+    if settings.num_sequences(1) == 0:
+        return Losses(zero, zero)
+    sums = routing.sums
+    if sums is None:
+        raise ValueError("router losses need the sums of routing; give the router num_sequences")
+    T, K = routing.ids_TK.shape
+    B, E = sums.shares_BE.shape
+    parts = dist.get_world_size(sequence_group) if sequence_group is not None else 1
+    length = T // B * parts  # of a whole sequence
+    balance, z = zero, zero
+    if settings.balances:
+        counts_BE = sums.counts_BE.to(sums.shares_BE.dtype)
         if sequence_group is not None:
             dist.all_reduce(counts_BE, group=sequence_group)
-        if scope == "batch":
-            counts_BE = counts_BE.mean(dim=0, keepdim=True)
-        fraction_BE = counts_BE / (S * parts * K)
-    mean_probs_BE = probs_SBE.sum(dim=0) / (S * parts)
-    return E * (fraction_BE * mean_probs_BE).sum(dim=-1).mean()
+        share_BE = counts_BE / (length * K) * (sums.shares_BE / length)
+        balance = settings.aux_loss_coeff * E * share_BE.sum(dim=1).mean()
+    if settings.z_loss_coeff > 0:
+        z = settings.z_loss_coeff * sums.z_B.mean() / length
+    return Losses(balance, z)
 
 
 def updated_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:

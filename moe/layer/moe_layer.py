@@ -71,15 +71,13 @@ class MoELayer(nn.Module):
     def forward(self, x_SBD: Tensor) -> MoEOutput:
         """Route, dispatch, compute, combine."""
         x_TD = x_SBD.flatten(0, 1)
-        routing = self.router(x_TD)
+        routing = self.router(x_TD, num_sequences=self.balance.num_sequences(x_SBD.shape[1]))
         dispatched = self.dispatcher.dispatch(x_TD, routing)
         y_RD = self.experts(dispatched)
         y_SBD = self.dispatcher.combine(y_RD, dispatched).view_as(x_SBD)
         if self.shared_expert is not None:
             y_SBD = y_SBD + self.shared_expert(x_SBD)
-        losses = router_losses(
-            routing, x_SBD.shape[0], self.balance, score=self.router.score, sequence_group=self.sequence_group
-        )
+        losses = router_losses(routing, self.balance, sequence_group=self.sequence_group)
         return MoEOutput(y_SBD, losses, routing.counts_E)
 
 
@@ -99,6 +97,10 @@ def build_moe_layer(
     score_before_topk: bool = True,
     renormalize: bool = False,
     scale: float = 1.0,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    rounding: str = "none",
+    tile_rows: int = 128,
     backend: str = "auto",
 ) -> MoELayer:
     """A MoELayer from its sizes; weights are uninitialised (call reset_parameters of its parts, or load).
@@ -117,6 +119,10 @@ def build_moe_layer(
         score_before_topk=score_before_topk,
         renormalize=renormalize,
         scale=scale,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        rounding=rounding,
+        tile_rows=tile_rows,
         backend=backend,
         device=device,
     )

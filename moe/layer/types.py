@@ -10,15 +10,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moe.kernels.topk_route import RouteSums
+
 
 @dataclass(frozen=True)
 class Routing:
     """The router's decision for the tokens of this rank."""
 
-    ids_TK: Tensor  # int64, best first
+    ids_TK: Tensor  # int64, best first; -1 where token rounding dropped a pair
     weights_TK: Tensor  # fp32, gradients flow through it
     counts_E: Tensor  # int64, how many tokens of this rank chose each expert
-    logits_TE: Tensor  # fp32, for the losses
+    sums: RouteSums | None = None  # over each sequence, for the losses
 
 
 @dataclass(frozen=True)

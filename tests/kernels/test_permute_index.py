@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe.kernels.permute_index import permute_index
+from moe.kernels.permute_index import pad_to_tiles, permute_index
 from moe.kernels.permute_index.reference import permute_index_reference
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -66,3 +66,33 @@ def test_other_ids_are_refused(ids, message):
 def test_no_experts_are_refused():
     with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
         permute_index(torch.zeros(6, dtype=torch.int64), 0)
+
+
+def test_padding_gives_each_expert_whole_tiles():
+    ends_E = torch.tensor([5, 5, 8, 9], dtype=torch.int32)  # 5, 0, 3 and 1 rows; one of the ten is a sentinel
+    rows_P, padded_ends_E = pad_to_tiles(ends_E, 10, 4)
+    assert rows_P.tolist() == [0, 1, 2, 3, 4, -1, -1, -1, 5, 6, 7, -1, 8, -1, -1, -1] + [-1] * 4
+    assert padded_ends_E.tolist() == [8, 8, 12, 16]
+
+
+def test_padding_has_room_for_the_worst_routing():
+    for counts in ([1, 1, 1], [9, 0, 1], [5, 5, 5], [4, 4, 4]):
+        ends_E = torch.tensor(counts).cumsum(0).int()
+        rows_P, padded_ends_E = pad_to_tiles(ends_E, sum(counts), 4)
+        assert rows_P[rows_P >= 0].tolist() == list(range(sum(counts)))
+        assert padded_ends_E[-1] <= rows_P.shape[0]
+
+
+@pytest.mark.parametrize(
+    ("ends", "num_rows", "tile", "message"),
+    [
+        (torch.zeros(4, dtype=torch.int64), 4, 4, r"int32 vector of at least one expert, got torch.int64"),
+        (torch.zeros(0, dtype=torch.int32), 4, 4, r"at least one expert, got torch.int32 of shape \(0,\)"),
+        (torch.zeros(4, dtype=torch.int32), -1, 4, "num_rows=-1 must be at least 0"),
+        (torch.zeros(4, dtype=torch.int32), 4, 0, "tile=0 at least 1"),
+        (torch.zeros(4, dtype=torch.int32), 2**31 - 1, 4, "2147483647 rows need up to 2147483656 padded"),
+    ],
+)
+def test_padding_that_cannot_work_is_refused(ends, num_rows, tile, message):
+    with pytest.raises(ValueError, match=message):
+        pad_to_tiles(ends, num_rows, tile)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from compile_gate import Request, assert_fits, compile_in_subprocess
 
-from moe.kernels.permute_index import permute_index
-from moe.kernels.permute_index.reference import permute_index_reference
+from moe.kernels.permute_index import pad_to_tiles, permute_index
+from moe.kernels.permute_index.reference import pad_to_tiles_reference, permute_index_reference
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -29,6 +29,11 @@ def ids_of(kind: str, N: int, E: int) -> torch.Tensor:
         "with_sentinels": torch.where(coin_N < 0.15, sentinels_N, uniform_N),
         "only_sentinels": sentinels_N,
     }[kind]
+
+
+# N, E and the routing.
+PADDED = [(0, 3, "uniform"), (1, 1, "uniform"), (7, 100, "uniform"), (63, 3, "with_sentinels")]
+PADDED += [(504, 16, "odd_experts_empty"), (504, 16, "hot_expert"), (40, 16, "only_sentinels")]
 
 
 def assert_same_bits(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
@@ -69,6 +74,27 @@ def test_every_second_element_of_a_tensor_will_do(triton_device):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("tile", [1, 3, 16, 128])
+@pytest.mark.parametrize("case", PADDED, ids=str)
+def test_padding_equals_the_reference(case, tile, backend, triton_device):
+    N, E, kind = case
+    ends_E = permute_index_reference(ids_of(kind, N, E), E)[2]
+    rows_P, padded_ends_E = pad_to_tiles(ends_E.to(triton_device), N, tile, backend=backend)
+    expected_rows_P, expected_ends_E = pad_to_tiles_reference(ends_E, N, tile)
+    assert rows_P.dtype == torch.int64 and torch.equal(rows_P.cpu(), expected_rows_P)
+    assert padded_ends_E.dtype == torch.int32 and torch.equal(padded_ends_E.cpu(), expected_ends_E)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_padding_traces_as_one_graph(backend, triton_device):
+    compiled = torch.compile(pad_to_tiles, fullgraph=True, backend="aot_eager")
+    for N in (63, 100):
+        ends_E = permute_index_reference(ids_of("uniform", N, 16), 16)[2].to(triton_device)
+        actual = compiled(ends_E, N, 16, backend=backend)
+        assert all(map(torch.equal, actual, pad_to_tiles_reference(ends_E, N, 16)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_torch_compile_traces_one_graph(backend, triton_device):
     compiled = torch.compile(permute_index, fullgraph=True, backend="aot_eager")
     for N in (63, 100):  # the second size makes the shape dynamic
@@ -80,6 +106,9 @@ def test_torch_compile_traces_one_graph(backend, triton_device):
 def test_custom_op_keeps_torchs_rules(triton_device):
     ids_N = ids_of("with_sentinels", 100, 16).to(triton_device)
     torch.library.opcheck(torch.ops.joulemoe.permute_index.default, (ids_N, 16))
+    ends_E = permute_index(ids_N, 16, backend="triton")[2]
+    pad_to_tiles(ends_E, 100, 8, backend="triton")  # registers the operator
+    torch.library.opcheck(torch.ops.joulemoe.pad_to_tiles.default, (ends_E, 208, 8))
 
 
 def test_shipped_configuration_fits_both_architectures():
@@ -93,6 +122,10 @@ def test_shipped_configuration_fits_both_architectures():
         for kernel, pointers in (("rank_in_tile_kernel", rank), ("place_kernel", place))
         for capability in (90, 100)
     ]
+    pad = {"p_ends": "*i32:16", "p_rows": "*i64:16", "p_padded_ends": "*i32:16", "E": "i32", "P": "i32"}
+    for capability, (E, tile) in ((90, (128, 128)), (100, (512, 64)), (90, (1024, 16))):
+        sizes = {"E_PAD": E, "TILE": tile, "TILE_PAD": tile}
+        requests.append(Request(KERNELS, "pad_to_tiles_kernel", pad, sizes, capability=capability))
     for compiled in compile_in_subprocess(requests):
         assert_fits(compiled, max_registers=64)
         assert compiled.count("ATOM") == compiled.count("ATOMG") == compiled.count("RED") == 0

@@ -7,19 +7,30 @@ import torch
 from dense_oracle import balance_loss, z_loss
 from tolerances import assert_close
 
-from moe.kernels.topk_route import topk_route
+from moe.kernels.topk_route import RouteSums, topk_route, topk_route_with_sums
 from moe.layer import BalanceSettings, Routing, attach_loss, router_losses, updated_bias
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 
-def make_routing(S: int, B: int, E: int, K: int) -> Routing:
-    """float64 logits that lean to the low experts, so that no loss is at its minimum."""
-    generator = torch.Generator().manual_seed(S * B * E + K)
-    logits_TE = torch.randn(S * B, E, generator=generator, dtype=torch.float64)
-    logits_TE = (logits_TE - torch.arange(E) / E).requires_grad_()
-    ids_TK, weights_TK, counts_E = topk_route(logits_TE.detach(), K)
-    return Routing(ids_TK, weights_TK, counts_E, logits_TE)
+def make_logits(S: int, B: int, E: int) -> torch.Tensor:
+    """float64, and they lean to the low experts, so that no loss is at its minimum."""
+    generator = torch.Generator().manual_seed(S * B * E)
+    logits_SBE = torch.randn(S, B, E, generator=generator, dtype=torch.float64)
+    return (logits_SBE - torch.arange(E) / E).requires_grad_()
+
+
+def make_routing(
+    logits_SBE: torch.Tensor, K: int, settings: BalanceSettings, score: str = "softmax"
+) -> Routing:
+    """What the router gives to the losses."""
+    num_sequences = settings.num_sequences(logits_SBE.shape[1])
+    if num_sequences == 0:
+        return Routing(*topk_route(logits_SBE.flatten(0, 1), K, score=score))
+    ids_TK, weights_TK, sums = topk_route_with_sums(
+        logits_SBE.flatten(0, 1), K, num_sequences=num_sequences, score=score
+    )
+    return Routing(ids_TK, weights_TK, sums.counts_BE.sum(dim=0), sums)
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch"])
@@ -27,9 +38,10 @@ def make_routing(S: int, B: int, E: int, K: int) -> Routing:
 @pytest.mark.parametrize("size", [(1, 1, 3, 1), (7, 3, 5, 2), (63, 1, 16, 3), (4, 2, 3, 3)], ids=str)
 def test_losses_equal_their_equations(size, score, scope):
     S, B, E, K = size
-    routing = make_routing(S, B, E, K)
-    logits_SBE, ids_SBK = routing.logits_TE.view(S, B, E), routing.ids_TK.view(S, B, K)
-    losses = router_losses(routing, S, BalanceSettings(scope, 0.7, 0.2), score=score)
+    logits_SBE, settings = make_logits(S, B, E), BalanceSettings(scope, 0.7, 0.2)
+    routing = make_routing(logits_SBE, K, settings, score)
+    ids_SBK = routing.ids_TK.view(S, B, K)
+    losses = router_losses(routing, settings)
     expected_balance = 0.7 * balance_loss(logits_SBE, ids_SBK, scope=scope, score=score)
     expected_z = 0.2 * z_loss(logits_SBE)
     assert_close("balance", losses.balance, expected_balance)
@@ -39,25 +51,25 @@ def test_losses_equal_their_equations(size, score, scope):
         ("balance", losses.balance, expected_balance),
         ("z", losses.z, expected_z),
     ):
-        (actual_grad,) = torch.autograd.grad(actual, routing.logits_TE, retain_graph=True)
-        (expected_grad,) = torch.autograd.grad(expected, routing.logits_TE, retain_graph=True)
+        (actual_grad,) = torch.autograd.grad(actual, logits_SBE, retain_graph=True)
+        (expected_grad,) = torch.autograd.grad(expected, logits_SBE, retain_graph=True)
         # Every score of a token is a share of one whole: with K = E the terms of the gradient cancel.
         assert_close(f"{name}: logits.grad", actual_grad, expected_grad, scale=1.0)
 
 
 def test_scopes_differ_where_sequences_differ():
-    routing = make_routing(7, 3, 5, 2)
-    of_scope = {
-        scope: router_losses(routing, 7, BalanceSettings(scope, 1.0), score="softmax").balance
-        for scope in ("sequence", "batch")
-    }
+    of_scope = {}
+    for settings in (BalanceSettings("sequence", 1.0), BalanceSettings("batch", 1.0)):
+        routing = make_routing(make_logits(7, 3, 5), 2, settings)
+        of_scope[settings.aux_loss] = router_losses(routing, settings).balance
     assert of_scope["sequence"] > of_scope["batch"]
 
 
 def test_perfect_balance_costs_the_coefficient():
     ids_TK = torch.arange(12).remainder(4).view(6, 2)
-    routing = Routing(ids_TK, torch.full((6, 2), 0.5), torch.full((4,), 3), torch.zeros(6, 4))
-    losses = router_losses(routing, 6, BalanceSettings("sequence", 0.3), score="softmax")
+    sums = RouteSums(torch.full((1, 4), 3), torch.full((1, 4), 1.5), torch.zeros(1))
+    routing = Routing(ids_TK, torch.full((6, 2), 0.5), torch.full((4,), 3), sums)
+    losses = router_losses(routing, BalanceSettings("sequence", 0.3))
     assert_close("balance", losses.balance, torch.tensor(0.3))
 
 
@@ -65,9 +77,17 @@ def test_perfect_balance_costs_the_coefficient():
     "settings", [BalanceSettings(), BalanceSettings("batch", 0.0, 0.0), BalanceSettings("none", 1.0, 0.0)]
 )
 def test_losses_that_are_off_are_zero_without_a_graph(settings):
-    losses = router_losses(make_routing(7, 3, 5, 2), 7, settings, score="softmax")
+    routing = make_routing(make_logits(7, 3, 5), 2, settings)
+    losses = router_losses(routing, settings)
+    assert routing.sums is None
     for loss in (losses.balance, losses.z, losses.total):
         assert loss.eq(0) and loss.shape == () and not loss.requires_grad
+
+
+def test_losses_without_sums_are_refused():
+    routing = make_routing(make_logits(7, 3, 5), 2, BalanceSettings())
+    with pytest.raises(ValueError, match="give the router num_sequences"):
+        router_losses(routing, BalanceSettings("batch", 0.1))
 
 
 def test_an_unknown_scope_is_refused():

@@ -45,7 +45,7 @@ def there_and_back(
     with torch.no_grad():
         for weight in experts.parameters():
             weight.copy_(torch.randn(weight.shape[1:], generator=generator.manual_seed(7)))
-    routing = Routing(ids_TK, weights_TK, ids_TK.flatten().bincount(minlength=E), torch.empty(0))
+    routing = Routing(ids_TK, weights_TK, ids_TK.flatten().bincount(minlength=E))
     with CountOurOps() as ours:
         dispatched = dispatcher.dispatch(x_TD, routing)
         y_TD = dispatcher.combine(experts(dispatched), dispatched)

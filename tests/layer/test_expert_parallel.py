@@ -34,7 +34,7 @@ def through_experts(
     """y and all gradients of the tokens of one rank, dispatched by their given ids."""
     x_TD, weights_TK = (tokens[name].clone().requires_grad_() for name in ("x", "weights"))
     counts_E = tokens["ids"].flatten().bincount(minlength=E)
-    routing = Routing(tokens["ids"], weights_TK, counts_E, torch.empty(0))
+    routing = Routing(tokens["ids"], weights_TK, counts_E)
     dispatched = dispatcher.dispatch(x_TD, routing)
     y_TD = dispatcher.combine(experts(dispatched), dispatched)
     parameters = dict(experts.named_parameters())
@@ -190,7 +190,7 @@ def test_rows_arrive_in_rank_order_and_gradients_go_back(ranks):
 
 def refusals_on_rank() -> list[str]:
     group = dist.group.WORLD
-    routing = Routing(*topk_route(torch.zeros(3, E), K), torch.empty(0))
+    routing = Routing(*topk_route(torch.zeros(3, E), K))
     foreign = LocalDispatcher(E).dispatch(torch.zeros(3, D), routing)
     attempts = [
         lambda: AllToAllDispatcher(7, group),

@@ -11,7 +11,16 @@ from dense_oracle import balance_loss, dense_moe, z_loss
 from gradients import gradients
 from tolerances import assert_close
 
-from moe.layer import BalanceSettings, GroupedExperts, MoELayer, Router, SharedExpert, build_moe_layer
+from moe.layer import (
+    BalanceSettings,
+    GroupedExperts,
+    MoELayer,
+    Router,
+    Routing,
+    SharedExpert,
+    build_moe_layer,
+)
+from moe.layer.router import gate
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -21,6 +30,7 @@ ROUTERS = {
     "softmax_renormalized": {"renormalize": True},
     "softmax_after_topk": {"score_before_topk": False},
     "sigmoid": {"score": "sigmoid", "renormalize": True, "scale": 2.5},
+    "sigmoid_groups": {"score": "sigmoid", "renormalize": True, "num_groups": 3, "top_groups": 1},
 }
 
 
@@ -129,12 +139,69 @@ def test_a_bf16_layer_keeps_its_router_in_fp32():
     assert set(dtypes.values()) == {torch.bfloat16}
     x_TD = torch.randn(63, D, dtype=torch.bfloat16)
     expected_TE = x_TD.double() @ layer.router.weight_ED.double().T
-    assert_close("logits", layer.router(x_TD).logits_TE, expected_TE, dtype=torch.float32)
+    assert_close("logits", gate(x_TD, layer.router.weight_ED), expected_TE, dtype=torch.float32)
 
 
-def test_compiles_as_one_graph():
+def test_the_gate_saves_its_input_as_it_came():
+    weight_ED = torch.randn(6, D, requires_grad=True)
+    x_TD = torch.randn(63, D, dtype=torch.bfloat16, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        logits_TE = gate(x_TD, weight_ED)
+    assert [t.data_ptr() for t in saved] == [x_TD.data_ptr(), weight_ED.data_ptr()]
+    expected_TE = torch.nn.functional.linear(x_TD.float(), weight_ED)
+    assert torch.equal(logits_TE, expected_TE)
+    cotangent_TE = torch.randn(63, 6)
+    actual, expected = (
+        gradients(logits, cotangent_TE, x=x_TD, weight_ED=weight_ED) for logits in (logits_TE, expected_TE)
+    )
+    for name, grad in actual.items():
+        assert grad.dtype == expected[name].dtype
+        assert_close(f"{name}.grad", grad, expected[name])
+
+
+@pytest.mark.parametrize("rounding", ["down", "nearest"])
+def test_rounding_leaves_out_the_dropped_pairs_in_training_only(rounding):
+    layer = make_layer(shared=False, rounding=rounding, tile_rows=4)
+    x_SBD = torch.randn(7, 3, D, requires_grad=True)
+    routing = layer.router(x_SBD.flatten(0, 1))
+    dropped_TK = routing.ids_TK < 0
+    assert dropped_TK.any() and not dropped_TK.all()
+    if rounding == "down":
+        assert not (routing.counts_E % 4).any()
+    plain = make_layer(shared=False)
+    plain.load_state_dict(layer.state_dict())
+    full = plain.router(x_SBD.flatten(0, 1))
+    kept = Routing(full.ids_TK, full.weights_TK.masked_fill(dropped_TK, 0), full.counts_E)
+    dispatched = plain.dispatcher.dispatch(x_SBD.flatten(0, 1), kept)
+    expected_TD = plain.dispatcher.combine(plain.experts(dispatched), dispatched)
+    actual_TD = layer(x_SBD).y.flatten(0, 1)
+    assert_close("y", actual_TD, expected_TD)
+    cotangent_TD = torch.randn(21, D)
+    inputs = [{"x": x_SBD} | dict(module.named_parameters()) for module in (layer, plain)]
+    actual = gradients(actual_TD, cotangent_TD, **inputs[0])
+    for name, expected in gradients(expected_TD, cotangent_TD, **inputs[1]).items():
+        assert_close(f"{name}.grad", actual[name], expected)
+    assert torch.equal(layer.eval()(x_SBD).y, plain(x_SBD).y)
+
+
+def test_sums_for_the_losses_change_no_routing():
+    router = make_layer(score="sigmoid", num_groups=3, top_groups=2).router
+    x_TD = torch.randn(63, D)
+    plain, summed = router(x_TD), router(x_TD, num_sequences=7)
+    assert plain.sums is None and summed.sums.counts_BE.shape == (7, 6)
+    for name in ("ids_TK", "weights_TK", "counts_E"):
+        assert torch.equal(getattr(plain, name), getattr(summed, name)), name
+
+
+@pytest.mark.parametrize(
+    "router",
+    [{}, ROUTERS["sigmoid_groups"] | {"num_groups": 2, "rounding": "down", "tile_rows": 4}],
+    ids=["", "groups_and_rounding"],
+)
+def test_compiles_as_one_graph(router):
     # bf16: torch 2.13 traces grouped_mm in no other dtype.
-    layer = make_layer(dtype=torch.bfloat16, balance=BalanceSettings("sequence", 0.1, 0.1))
+    layer = make_layer(dtype=torch.bfloat16, balance=BalanceSettings("sequence", 0.1, 0.1), **router)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x_SBD = torch.randn(7, 3, D, dtype=torch.bfloat16, requires_grad=True)
     results = []
