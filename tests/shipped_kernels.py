@@ -58,17 +58,26 @@ Arguments = dict[str, object]
 def matmul_requests(shape: Shape, dtype: str, capability: int) -> Iterator[Request]:
     """The six products of the expert path, and the accumulation into a master gradient."""
     D, F, x = shape.D, shape.F, f"*{dtype}:16"
-    up = {"p_x": x, "p_w": x, "p_h": x, "p_a": x, **INDEX}
+    up = {"p_x": x, "p_w": x, "p_bias": None, "p_h": x, "p_a": x, **INDEX}
     grad_h = {"p_grad": x, "p_w": x, "p_h": x, "p_weights": "*fp32:16", "p_grad_h": x, "p_scaled_a": x}
-    gemm = {"p_a": x, "p_w": x, "p_out": x, "p_ends": "*i32:16", "p_map": "*i32:16", "p_order": None}
+    gemm = {
+        "p_a": x,
+        "p_w": x,
+        "p_bias": None,
+        "p_out": x,
+        "p_ends": "*i32:16",
+        "p_map": "*i32:16",
+        "p_order": None,
+    }
     wgrad = {"p_left": x, "p_right": x, "p_out": x, "p_ends": "*i32:16", "ACCUMULATE": False}
     down = {"p_order_left": "*i64:16", "p_order_right": None, "M": D, "N": F}
     gate_up = {"p_order_left": None, "p_order_right": "*i64:16", "M": 2 * F, "N": D}
+    sizes = {"D": D, "F": F, "ACTIVATION": "swiglu"}
     accumulated = {"p_out": "*fp32:16", "ACCUMULATE": True}
     for kind, n, k, arguments in (
-        ("up", 2 * F, D, up | {"D": D, "F": F}),
+        ("up", 2 * F, D, up | sizes),
         ("gemm", D, F, gemm | {"N": D, "K": F, "W_IS_NK": True}),
-        ("grad_h", F, D, grad_h | {"p_partials": "*fp32:16", "D": D, "F": F} | INDEX),
+        ("grad_h", F, D, grad_h | {"p_partials": "*fp32:16", "PARTS": -(-F // 128)} | sizes | INDEX),
         ("gemm", D, 2 * F, gemm | {"N": D, "K": 2 * F, "W_IS_NK": False}),
         ("wgrad", F, D, wgrad | down),
         ("wgrad", D, 2 * F, wgrad | gate_up),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+E4M3 = tl.constexpr("e4m3")
+
 
 @triton.jit
-def to_bf16_and_back(p_x, p_narrow, p_wide, BLOCK: tl.constexpr):
+def narrow_and_widen(p_x, p_narrow, p_wide, BLOCK: tl.constexpr):
     o = tl.arange(0, BLOCK)
-    b_narrow = tl.load(p_x + o).to(tl.bfloat16)
+    b_narrow = tl.load(p_x + o).to(p_narrow.dtype.element_ty)
     tl.store(p_narrow + o, b_narrow)
     tl.store(p_wide + o, b_narrow.to(tl.float32))
 
@@ -18,6 +20,16 @@ def to_bf16_and_back(p_x, p_narrow, p_wide, BLOCK: tl.constexpr):
 def dot(p_a, p_b, p_out, BLOCK: tl.constexpr):
     o = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(p_out + o, tl.dot(tl.load(p_a + o), tl.load(p_b + o)))
+
+
+@triton.jit
+def dot_scaled(p_a, p_a_scales, p_b, p_b_scales, p_out, BLOCK: tl.constexpr):  # noqa: PLR0917
+    """Operands of e4m3, a scale of e8m0 for every 32 numbers of a row of a and of a column of b."""
+    o = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    o_scales = tl.arange(0, BLOCK)[:, None] * (BLOCK // 32) + tl.arange(0, BLOCK // 32)[None, :]
+    b_a_scales, b_b_scales = tl.load(p_a_scales + o_scales), tl.load(p_b_scales + o_scales)
+    b_out = tl.dot_scaled(tl.load(p_a + o), b_a_scales, E4M3, tl.load(p_b + o), b_b_scales, E4M3)
+    tl.store(p_out + o, b_out)
 
 
 @triton.jit

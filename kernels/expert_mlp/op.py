@@ -1,4 +1,4 @@
-"""SwiGLU experts (arXiv 2002.05202) over routed tokens: the public function, checks, custom operators.
+"""Experts over routed tokens: the public function and the custom operators.
 
 Shapes: T tokens, K top-k, N = T*K routed pairs (pair n is token n // K's), D model, F expert hidden, G = 2F
 gate and up, e experts held here.
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from moe.kernels.backend import choose_backend
+from moe.kernels.expert_mlp.checks import check_dtypes, check_index, check_shapes, check_variant
+from moe.kernels.expert_mlp.fp8_op import expert_mlp_low_precision
+from moe.kernels.expert_mlp.variant import Variant
+from moe.kernels.quantize.formats import FORMATS
 
-DTYPES = {
-    "torch": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-}
+PRECISIONS = ("wide", *FORMATS)
 
 
 def expert_mlp(
@@ -32,9 +33,13 @@ def expert_mlp(
     weights_TK: Tensor,
     index: tuple[Tensor, Tensor, Tensor],
     *,
+    activation: str = "swiglu",
+    biases: tuple[Tensor, Tensor] | None = None,
+    precision: str = "wide",
+    compress_h: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """y[t] = sum over k of weights[t, k] * down(silu(gate(x[t])) * up(x[t])) with the expert of pair (t, k).
+    """y[t] = sum over k of weights[t, k] * down(act(gate(x[t]), up(x[t]))) with the expert of pair (t, k).
 
     Args:
         x_TD: one row a token.
@@ -44,67 +49,34 @@ def expert_mlp(
         index: what `permute_index` returned for the pairs' expert ids: order_N, inverse_N, ends_e. Pairs of
             sentinel ids contribute nothing, and their weights get zero gradients; so do experts without
             pairs.
+        activation: `swiglu`, `geglu` or `clamped_swiglu`; activation.py has their equations.
+        biases: of gate and up [e, 2F] and of the down projection [e, D], or None.
+        precision: of the operands of the products, forward and backward. `wide` takes them as they are; a
+            format of `quantize_rows` quantises them along what each product sums over.
+        compress_h: save h in that format too, in half the memory; the activation is then that of the
+            rounded h, forward and backward.
         backend: `auto` (triton on CUDA, torch elsewhere), `triton` or `torch`.
 
     Returns:
         y_TD in x's dtype; sums are in fp32 or wider.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit together, or a backend that cannot run here.
+        ValueError: for shapes or dtypes that do not fit together or the precision, or a backend that cannot
+            run here.
     """
     order_N, inverse_N, ends_e = index
     chosen = choose_backend(backend, x_TD)
-    _check_shapes(x_TD, w_gate_up_eGD, w_down_eDF, weights_TK)
-    _check_index(order_N, inverse_N, ends_e, (weights_TK.numel(), w_down_eDF.shape[0]))
-    _check_dtypes(x_TD, w_gate_up_eGD, w_down_eDF, weights_TK, chosen)
-    y_TD, _ = _forward(x_TD, w_gate_up_eGD, w_down_eDF, weights_TK, order_N, inverse_N, ends_e, chosen)
+    check_shapes(x_TD, w_gate_up_eGD, w_down_eDF, weights_TK)
+    check_index(order_N, inverse_N, ends_e, (weights_TK.numel(), w_down_eDF.shape[0]))
+    check_dtypes(x_TD, w_gate_up_eGD, w_down_eDF, weights_TK, chosen)
+    check_variant(Variant(activation, biases), w_gate_up_eGD, w_down_eDF, precision)
+    inputs = (x_TD, w_gate_up_eGD, w_down_eDF, weights_TK)
+    if precision != "wide":
+        return expert_mlp_low_precision(inputs, index, precision, compress_h, chosen)
+    if compress_h:
+        raise ValueError(f"compress_h needs a precision of {', '.join(FORMATS)}, got {precision!r}")
+    y_TD, _ = _forward(*inputs, *index, *(biases or (None, None)), activation, chosen)
     return y_TD  # type: ignore[no-any-return]
-
-
-def _check_shapes(x_TD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, weights_TK: Tensor) -> None:
-    if x_TD.dim() != 2 or w_gate_up_eGD.dim() != 3 or w_down_eDF.dim() != 3 or weights_TK.dim() != 2:
-        shapes = [tuple(t.shape) for t in (x_TD, w_gate_up_eGD, w_down_eDF, weights_TK)]
-        raise ValueError(
-            f"expected x [T, D], gate_up [e, 2F, D], down [e, D, F] and weights [T, K], got {shapes}"
-        )
-    e, G, D = w_gate_up_eGD.shape
-    if w_down_eDF.shape != (e, D, G // 2) or G % 2 or x_TD.shape[1] != D:
-        raise ValueError(
-            f"gate_up {tuple(w_gate_up_eGD.shape)} needs down [{e}, {D}, {G // 2}] and x [T, {D}], "
-            f"got down {tuple(w_down_eDF.shape)} and x {tuple(x_TD.shape)}"
-        )
-    if weights_TK.shape[0] != x_TD.shape[0]:
-        raise ValueError(
-            f"weights {tuple(weights_TK.shape)} must have a row for each of the {x_TD.shape[0]} tokens"
-        )
-
-
-def _check_index(order_N: Tensor, inverse_N: Tensor, ends_e: Tensor, sizes: tuple[int, int]) -> None:
-    num_pairs, num_experts = sizes
-    if order_N.shape != (num_pairs,) or inverse_N.shape != (num_pairs,):
-        raise ValueError(
-            f"order and inverse must hold {num_pairs} pairs, "
-            f"got {tuple(order_N.shape)} and {tuple(inverse_N.shape)}"
-        )
-    if ends_e.shape != (num_experts,) or ends_e.dtype != torch.int32:
-        raise ValueError(
-            f"ends must be int32 of shape [{num_experts}], got {ends_e.dtype} {tuple(ends_e.shape)}"
-        )
-
-
-def _check_dtypes(
-    x_TD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, weights_TK: Tensor, backend: str
-) -> None:
-    if not x_TD.dtype == w_gate_up_eGD.dtype == w_down_eDF.dtype:
-        raise ValueError(
-            f"one dtype is needed, got x {x_TD.dtype}, gate_up {w_gate_up_eGD.dtype}, down {w_down_eDF.dtype}"
-        )
-    if x_TD.dtype not in DTYPES[backend]:
-        allowed = ", ".join(map(str, DTYPES[backend]))
-        raise ValueError(f"dtype {x_TD.dtype} is not supported by backend={backend!r}; allowed: {allowed}")
-    wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-    if weights_TK.dtype != wide:
-        raise ValueError(f"weights must be {wide} for x of {x_TD.dtype}, got {weights_TK.dtype}")
 
 
 @torch.library.custom_op("joulemoe::expert_mlp", mutates_args=())
@@ -116,12 +88,20 @@ def _forward(  # noqa: PLR0917 - an operator's schema
     order_N: Tensor,
     inverse_N: Tensor,
     ends_e: Tensor,
+    b_gate_up_eG: Tensor | None,
+    b_down_eD: Tensor | None,
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """y_TD, and h_NG: gate and up of each row of expert order; rows of sentinels are left as they are."""
     index = order_N.contiguous(), inverse_N.contiguous(), ends_e.contiguous()
     return _implementation(backend).expert_mlp_fwd(  # type: ignore[no-any-return]
-        x_TD.contiguous(), w_gate_up_eGD.contiguous(), w_down_eDF.contiguous(), weights_TK.contiguous(), index
+        x_TD.contiguous(),
+        w_gate_up_eGD.contiguous(),
+        w_down_eDF.contiguous(),
+        weights_TK.contiguous(),
+        index,
+        variant=_variant(activation, b_gate_up_eG, b_down_eD),
     )
 
 
@@ -143,25 +123,43 @@ def _backward(  # noqa: PLR0917 - an operator's schema
     order_N: Tensor,
     inverse_N: Tensor,
     ends_e: Tensor,
+    b_gate_up_eG: Tensor | None,
+    b_down_eD: Tensor | None,
     h_NG: Tensor,
+    activation: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, the two weights of the experts, and the combine weights."""
+) -> list[Tensor]:
+    """Gradients of x, the two weights of the experts, the combine weights, and the biases, if any."""
+    inputs = tuple(t.contiguous() for t in (x_TD, w_gate_up_eGD, w_down_eDF, weights_TK))
     index = order_N.contiguous(), inverse_N.contiguous(), ends_e.contiguous()
-    return _implementation(backend).expert_mlp_bwd(  # type: ignore[no-any-return]
-        grad_TD.contiguous(),
-        (x_TD.contiguous(), w_gate_up_eGD.contiguous(), w_down_eDF.contiguous(), weights_TK.contiguous()),
-        index,
-        h_NG,
+    variant = _variant(activation, b_gate_up_eG, b_down_eD)
+    return list(
+        _implementation(backend).expert_mlp_bwd(grad_TD.contiguous(), inputs, index, h_NG, variant=variant)
     )
 
 
 @_backward.register_fake
-def _(
-    _: Tensor, x_TD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, weights_TK: Tensor, *__: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, gate_up, down, weights = (t.new_empty(t.shape) for t in (x_TD, w_gate_up_eGD, w_down_eDF, weights_TK))
-    return x, gate_up, down, weights
+def _(  # noqa: PLR0917 - an operator's schema
+    _grad: Tensor,
+    x_TD: Tensor,
+    w_gate_up_eGD: Tensor,
+    w_down_eDF: Tensor,
+    weights_TK: Tensor,
+    _order: Tensor,
+    _inverse: Tensor,
+    _ends: Tensor,
+    b_gate_up_eG: Tensor | None,
+    b_down_eD: Tensor | None,
+    *_: object,
+) -> list[Tensor]:
+    inputs = (x_TD, w_gate_up_eGD, w_down_eDF, weights_TK, b_gate_up_eG, b_down_eD)
+    return [t.new_empty(t.shape) for t in inputs if t is not None]
+
+
+def _variant(activation: str, b_gate_up_eG: Tensor | None, b_down_eD: Tensor | None) -> Variant:
+    if b_gate_up_eG is None or b_down_eD is None:
+        return Variant(activation)
+    return Variant(activation, (b_gate_up_eG.contiguous(), b_down_eD.contiguous()))
 
 
 def _implementation(backend: str) -> ModuleType:
@@ -176,7 +174,7 @@ def _implementation(backend: str) -> ModuleType:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.backend = inputs
+    *tensors, ctx.activation, ctx.backend = inputs
     _, h_NG = output
     ctx.mark_non_differentiable(h_NG)
     ctx.set_materialize_grads(False)  # h has no gradient: no zeros of its size
@@ -185,8 +183,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradient(ctx: Any, grad_TD: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_TD is None:
-        return (None,) * 8
-    return *_backward(grad_TD, *ctx.saved_tensors, ctx.backend), None, None, None, None
+        return (None,) * 11
+    grads = _backward(grad_TD, *ctx.saved_tensors, ctx.activation, ctx.backend)
+    biases = grads[4:] or (None, None)
+    return *grads[:4], None, None, None, *biases, None, None
 
 
 _forward.register_autograd(_gradient, setup_context=_setup_context)

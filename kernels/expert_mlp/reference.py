@@ -1,4 +1,4 @@
-"""SwiGLU experts over routed tokens, one pair at a time in spirit: the oracle.
+"""Experts over routed tokens, one expert at a time: the oracle.
 
 Shapes: T tokens, K top-k, N = T*K routed pairs, D model, F expert hidden, G = 2F gate and up, e experts here.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe.kernels.expert_mlp.activation import activated
+
 
 def expert_mlp_reference(
     x_TD: Tensor,
@@ -15,6 +17,9 @@ def expert_mlp_reference(
     w_down_eDF: Tensor,
     weights_TK: Tensor,
     index: tuple[Tensor, Tensor, Tensor],
+    *,
+    activation: str = "swiglu",
+    biases: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Same contract as `expert_mlp`; autograd differentiates it."""
     order_N, _, ends_e = index
@@ -26,8 +31,13 @@ def expert_mlp_reference(
     for expert, end in enumerate(ends_e.tolist()):
         pairs = order_N[start:end]
         tokens = pairs // top_k
-        gate, up = (x_TD[tokens] @ w_gate_up_eGD[expert].T).chunk(2, dim=-1)
-        y = (gate * gate.sigmoid() * up) @ w_down_eDF[expert].T
+        h = x_TD[tokens] @ w_gate_up_eGD[expert].T
+        if biases is not None:
+            h = h + biases[0][expert]
+        gate, up = h.chunk(2, dim=-1)
+        y = activated(gate, up, activation) @ w_down_eDF[expert].T
+        if biases is not None:
+            y = y + biases[1][expert]
         y_TD = y_TD.index_add(0, tokens, weights_TK.flatten()[pairs].unsqueeze(1) * y)
         start = end
     return y_TD.to(x_TD.dtype)

@@ -1,72 +1,109 @@
-"""SwiGLU experts in plain torch, one expert at a time: its rows stay in the CPU's cache.
+"""Experts in plain torch, one at a time: an expert's rows stay in the cache from product to product.
 
 Shapes: T tokens, K top-k, N = T*K routed pairs, D model, F expert hidden, G = 2F, e experts, R rows of an
 expert.
+
+Products are in x's dtype, what is between them in fp32 (fp64). The rows of a token are added up at the end,
+in the order of its experts: every run has the same bits.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.kernels.expert_mlp.activation import activated, activation_gradients
+from moe.kernels.expert_mlp.variant import PLAIN, Variant
+from moe.kernels.grouped_gemm.torch_backend import rows_of_experts
+
 Index = tuple[Tensor, Tensor, Tensor]
 
 
 def expert_mlp_fwd(
-    x_TD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, weights_TK: Tensor, index: Index
+    x_TD: Tensor,
+    w_gate_up_eGD: Tensor,
+    w_down_eDF: Tensor,
+    weights_TK: Tensor,
+    index: Index,
+    *,
+    variant: Variant = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """y_TD and h_NG; contiguous inputs that `expert_mlp` has checked."""
-    order_N, _, ends_e = index
+    tokens_N, weights_N1 = _tokens_and_weights(weights_TK, index)
     h_NG = x_TD.new_empty(weights_TK.numel(), w_gate_up_eGD.shape[1])
-    # An expert has a token once, so a token's sum is in the order of experts, the same in every run.
-    y_TD = torch.zeros_like(x_TD, dtype=weights_TK.dtype)
-    for expert, rows in _experts(ends_e):
-        pairs_R = order_N[rows]
-        tokens_R = pairs_R // weights_TK.shape[1]
-        h_RG = torch.mm(x_TD.index_select(0, tokens_R), w_gate_up_eGD[expert].T, out=h_NG[rows])
-        gate_RF, up_RF = h_RG.to(weights_TK.dtype).chunk(2, dim=-1)
-        y_RD = (F.silu(gate_RF) * up_RF).to(x_TD.dtype) @ w_down_eDF[expert].T
-        y_TD.index_add_(0, tokens_R, y_RD * weights_TK.view(-1, 1).index_select(0, pairs_R))
-    return y_TD.to(x_TD.dtype), h_NG
+    y_ND = x_TD.new_empty(weights_TK.numel(), x_TD.shape[1])
+    for expert, rows in rows_of_experts(index[2]):
+        x_RD, weights_R1 = x_TD.index_select(0, tokens_N[rows]), weights_N1[rows]
+        h_RG = torch.mm(x_RD, w_gate_up_eGD[expert].T, out=h_NG[rows])
+        if variant.biases is not None:
+            h_RG += variant.biases[0][expert]
+        gate_RF, up_RF = h_RG.to(weights_TK.dtype).chunk(2, dim=1)
+        # The weight scales A before the product instead of y after it: rows of A are shorter.
+        a_RF = activated(gate_RF, up_RF, variant.activation).mul_(weights_R1)
+        y_RD = torch.mm(a_RF.to(x_TD.dtype), w_down_eDF[expert].T, out=y_ND[rows])
+        if variant.biases is not None:
+            y_RD += (weights_R1 * variant.biases[1][expert]).to(x_TD.dtype)
+    return _sum_of_pairs(y_ND, weights_TK, index), h_NG
 
 
 def expert_mlp_bwd(
-    grad_TD: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], index: Index, h_NG: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the forward's first four arguments, `inputs`."""
+    grad_TD: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    index: Index,
+    h_NG: Tensor,
+    *,
+    variant: Variant = PLAIN,
+) -> tuple[Tensor, ...]:
+    """Gradients of the forward's first four arguments, `inputs`, then of the biases."""
     x_TD, w_gate_up_eGD, w_down_eDF, weights_TK = inputs
-    order_N, _, ends_e = index
-    grad_x_TD = torch.zeros_like(x_TD, dtype=weights_TK.dtype)
-    grad_gate_up_eGD, grad_down_eDF = torch.zeros_like(w_gate_up_eGD), torch.zeros_like(w_down_eDF)
-    grad_weights_TK = torch.zeros_like(weights_TK)
-    for expert, rows in _experts(ends_e):
-        pairs_R = order_N[rows]
-        tokens_R = pairs_R // weights_TK.shape[1]
-        weights_R1 = weights_TK.view(-1, 1).index_select(0, pairs_R)
-        grad_RD = grad_TD.index_select(0, tokens_R)
-        gate_RF, up_RF = h_NG[rows].to(weights_TK.dtype).chunk(2, dim=-1)
-        sigmoid_RF = gate_RF.sigmoid()
-        silu_RF = gate_RF * sigmoid_RF
-        a_RF = silu_RF * up_RF
-        # The gradient of the activation before the weight scales it: its product with A is the weight's.
-        grad_a_RF = (grad_RD @ w_down_eDF[expert]).to(weights_TK.dtype)
-        grad_weights_TK.view(-1)[pairs_R] = (grad_a_RF * a_RF).sum(dim=1)
-        torch.mm(grad_RD.T, (a_RF * weights_R1).to(x_TD.dtype), out=grad_down_eDF[expert])
-        grad_a_RF *= weights_R1
-        grad_gate_RF = grad_a_RF * up_RF * (sigmoid_RF + silu_RF * (1 - sigmoid_RF))
-        grad_h_RG = torch.cat([grad_gate_RF, grad_a_RF * silu_RF], dim=1).to(x_TD.dtype)
-        torch.mm(grad_h_RG.T, x_TD.index_select(0, tokens_R), out=grad_gate_up_eGD[expert])
-        grad_x_TD.index_add_(0, tokens_R, (grad_h_RG @ w_gate_up_eGD[expert]).to(weights_TK.dtype))
-    return grad_x_TD.to(x_TD.dtype), grad_gate_up_eGD, grad_down_eDF, grad_weights_TK
+    tokens_N, weights_N1 = _tokens_and_weights(weights_TK, index)
+    grad_gate_up_eGD, grad_down_eDF = (
+        _zero_if_unused(w_gate_up_eGD, index),
+        _zero_if_unused(w_down_eDF, index),
+    )
+    grad_biases = tuple(torch.zeros_like(bias) for bias in variant.biases or ())
+    grad_x_ND = x_TD.new_empty(weights_TK.numel(), x_TD.shape[1])
+    grad_weights_N = weights_TK.new_zeros(weights_TK.numel())  # those of sentinels stay zero
+    for expert, rows in rows_of_experts(index[2]):
+        weights_R1, w_down_DF = weights_N1[rows], w_down_eDF[expert]
+        grad_RD = grad_TD.index_select(0, tokens_N[rows])
+        # The gradient of A before the weight scales it: its product with A is the weight's gradient.
+        grad_a_RF = torch.mm(grad_RD, w_down_DF).to(weights_TK.dtype)
+        gate_RF, up_RF = h_NG[rows].to(weights_TK.dtype).chunk(2, dim=1)
+        a_RF, by_gate_RF, by_up_RF = activation_gradients(gate_RF, up_RF, variant.activation)
+        torch.linalg.vecdot(grad_a_RF, a_RF, out=grad_weights_N[rows])
+        torch.mm(grad_RD.T, a_RF.mul_(weights_R1).to(x_TD.dtype), out=grad_down_eDF[expert])
+        grad_a_RF.mul_(weights_R1)
+        grad_h_RG = torch.cat([by_gate_RF.mul_(grad_a_RF), by_up_RF * grad_a_RF], dim=1).to(x_TD.dtype)
+        x_RD = x_TD.index_select(0, tokens_N[rows])
+        torch.mm(grad_h_RG.T, x_RD, out=grad_gate_up_eGD[expert])
+        torch.mm(grad_h_RG, w_gate_up_eGD[expert], out=grad_x_ND[rows])
+        if variant.biases is not None:
+            grad_weights_N[rows] += (grad_RD @ variant.biases[1][expert]).to(weights_TK.dtype)
+            grad_biases[0][expert] = grad_h_RG.sum(dim=0)
+            grad_biases[1][expert] = (grad_RD * weights_R1).sum(dim=0)
+    grad_weights_TK = grad_weights_N.index_select(0, index[1]).view_as(weights_TK)
+    grad_x_TD = _sum_of_pairs(grad_x_ND, weights_TK, index)
+    return grad_x_TD, grad_gate_up_eGD, grad_down_eDF, grad_weights_TK, *grad_biases
 
 
-def _experts(ends_e: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and which."""
-    start = 0
-    for expert, end in enumerate(ends_e.tolist()):
-        if end > start:
-            yield expert, slice(start, end)
-        start = end
+def _tokens_and_weights(weights_TK: Tensor, index: Index) -> tuple[Tensor, Tensor]:
+    """Token and weight [N, 1] of each row of expert order."""
+    order_N, _, _ = index
+    return order_N // weights_TK.shape[1], weights_TK.view(-1, 1).index_select(0, order_N)
+
+
+def _zero_if_unused(weight: Tensor, index: Index) -> Tensor:
+    """Memory for a gradient, zero for experts without rows; the others are written later."""
+    ends_e = index[2]
+    grad = torch.empty_like(weight)
+    grad[ends_e.diff(prepend=ends_e.new_zeros(1)) == 0] = 0
+    return grad
+
+
+def _sum_of_pairs(y_ND: Tensor, weights_TK: Tensor, index: Index) -> Tensor:
+    """Sum of each token's rows, in fp32 or wider inside; rows of no expert count as zeros."""
+    _, inverse_N, ends_e = index
+    y_ND[int(ends_e[-1]) :] = 0
+    return F.embedding_bag(inverse_N.view(weights_TK.shape), y_ND, mode="sum")

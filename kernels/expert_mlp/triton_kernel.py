@@ -24,6 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe.kernels.combine.triton_kernel import sum_rows
+from moe.kernels.expert_mlp.bias_kernel import launch_bias_products, launch_expert_sums
+from moe.kernels.expert_mlp.triton_activation import activated, activation_gradients
+from moe.kernels.expert_mlp.variant import PLAIN, Variant
 from moe.kernels.grouped_gemm.tiles import Sizes, Tile, launch_options, tile_for
 from moe.kernels.grouped_gemm.triton_kernel import (
     TileMaps,
@@ -44,6 +47,7 @@ PAIRS_BLOCK = 256
 def up_kernel(
     p_x,
     p_w,
+    p_bias,
     p_h,
     p_a,
     p_order,
@@ -52,11 +56,12 @@ def up_kernel(
     TOP_K: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """h[r] = x[token of r] @ w[expert]^T and a[r] = silu(gate) * up. Grid as in grouped_gemm_kernel.
+    """h[r] = x[token of r] @ w[expert]^T and a[r] = act(gate, up). Grid as in grouped_gemm_kernel.
 
     A tile has BLOCK_N / 2 columns of gate and the same of up: one product, then its two halves.
     """
@@ -82,6 +87,9 @@ def up_kernel(
         BLOCK_N,
         BLOCK_K,
     )
+    if p_bias is not None:
+        m_G = first_F + o_N % HALF < F
+        b_h += tl.load(p_bias + expert * (2 * F) + o_G, mask=m_G, other=0.0).to(tl.float32)[None, :]
     b_gate, b_up = halves(b_h.to(p_h.dtype.element_ty), BLOCK_M, BLOCK_N)
     o_F = first_F + tl.arange(0, HALF)
     m_MF = m_M[:, None] & (o_F < F)[None, :]
@@ -89,8 +97,7 @@ def up_kernel(
     tl.store(p_h_MF, b_gate, mask=m_MF)
     tl.store(p_h_MF + F, b_up, mask=m_MF)
     # From the rounded values, those that the backward will have.
-    b_gate, b_up = b_gate.to(tl.float32), b_up.to(tl.float32)
-    b_a = b_gate / (1 + tl.exp(-b_gate)) * b_up
+    b_a = activated(b_gate.to(tl.float32), b_up.to(tl.float32), ACTIVATION)
     tl.store(p_a + o_M[:, None] * F + o_F[None, :], b_a.to(p_a.dtype.element_ty), mask=m_MF)
 
 
@@ -109,11 +116,13 @@ def grad_h_kernel(
     TOP_K: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dH, A' = s * A, and each column tile's part of dS [N, tiles of F]. Grid as in grouped_gemm_kernel."""
+    """dH, A' = s * A, and each column tile's part of dS, [N, PARTS]. Grid as in grouped_gemm_kernel."""
     tiles_F: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     expert, o_M, m_M = tile_rows(p_ends, p_map, tl.program_id(0) // tiles_F, BLOCK_M)
     if expert < 0:
@@ -142,36 +151,34 @@ def grad_h_kernel(
     b_0, b_1 = halves(b_left, BLOCK_M, BLOCK_N // 2)
     b_2, b_3 = halves(b_right, BLOCK_M, BLOCK_N // 2)
     first_F = i_F * BLOCK_N
-    b_part = _grad_h_columns(b_0, p_h, p_grad_h, p_scaled_a, b_weights, o_M, m_M, first_F, F, QUARTER)
-    first_F += QUARTER
-    b_part += _grad_h_columns(b_1, p_h, p_grad_h, p_scaled_a, b_weights, o_M, m_M, first_F, F, QUARTER)
-    first_F += QUARTER
-    b_part += _grad_h_columns(b_2, p_h, p_grad_h, p_scaled_a, b_weights, o_M, m_M, first_F, F, QUARTER)
-    first_F += QUARTER
-    b_part += _grad_h_columns(b_3, p_h, p_grad_h, p_scaled_a, b_weights, o_M, m_M, first_F, F, QUARTER)
-    tl.store(p_partials + o_M * tiles_F + i_F, b_part, mask=m_M)
+    pointers = (p_h, p_grad_h, p_scaled_a)
+    rows = (b_weights, o_M, m_M)
+    b_part = _grad_h_columns(b_0, pointers, rows, first_F, F, ACTIVATION, QUARTER)
+    b_part += _grad_h_columns(b_1, pointers, rows, first_F + QUARTER, F, ACTIVATION, QUARTER)
+    b_part += _grad_h_columns(b_2, pointers, rows, first_F + 2 * QUARTER, F, ACTIVATION, QUARTER)
+    b_part += _grad_h_columns(b_3, pointers, rows, first_F + 3 * QUARTER, F, ACTIVATION, QUARTER)
+    tl.store(p_partials + o_M * PARTS + i_F, b_part, mask=m_M)
 
 
 @triton.jit
 def _grad_h_columns(
-    b_grad_a, p_h, p_grad_h, p_scaled_a, b_weights, o_M, m_M, first_F, F: tl.constexpr, BLOCK: tl.constexpr
+    b_grad_a, pointers, rows, first_F, F: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Stores these columns of dH and A', returns their sum of dA * A."""
+    p_h, p_grad_h, p_scaled_a = pointers
+    b_weights, o_M, m_M = rows
     o_F = first_F + tl.arange(0, BLOCK)
     m_MF = m_M[:, None] & (o_F < F)[None, :]
     o_MG = o_M[:, None] * (2 * F) + o_F[None, :]
     b_gate = tl.load(p_h + o_MG, mask=m_MF, other=0.0).to(tl.float32)
     b_up = tl.load(p_h + o_MG + F, mask=m_MF, other=0.0).to(tl.float32)
-    b_sigmoid = 1 / (1 + tl.exp(-b_gate))
-    b_silu = b_gate * b_sigmoid
-    b_a = b_silu * b_up
+    b_a, b_by_gate, b_by_up = activation_gradients(b_gate, b_up, ACTIVATION)
     p_a_MF = p_scaled_a + o_M[:, None] * F + o_F[None, :]
     tl.store(p_a_MF, (b_a * b_weights[:, None]).to(p_scaled_a.dtype.element_ty), mask=m_MF)
     b_part = tl.sum(b_grad_a * b_a, axis=1)
     b_grad_a *= b_weights[:, None]
-    b_grad_gate = b_grad_a * b_up * (b_sigmoid + b_silu * (1 - b_sigmoid))
-    tl.store(p_grad_h + o_MG, b_grad_gate.to(p_grad_h.dtype.element_ty), mask=m_MF)
-    tl.store(p_grad_h + o_MG + F, (b_grad_a * b_silu).to(p_grad_h.dtype.element_ty), mask=m_MF)
+    tl.store(p_grad_h + o_MG, (b_grad_a * b_by_gate).to(p_grad_h.dtype.element_ty), mask=m_MF)
+    tl.store(p_grad_h + o_MG + F, (b_grad_a * b_by_up).to(p_grad_h.dtype.element_ty), mask=m_MF)
     return b_part
 
 
@@ -190,32 +197,49 @@ def sum_partials_kernel(
 
 
 def expert_mlp_fwd(
-    x_TD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, weights_TK: Tensor, index: Index
+    x_TD: Tensor,
+    w_gate_up_eGD: Tensor,
+    w_down_eDF: Tensor,
+    weights_TK: Tensor,
+    index: Index,
+    *,
+    variant: Variant = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """y_TD and h_NG; contiguous inputs that `expert_mlp` has checked."""
     order_N, inverse_N, ends_e = index
     maps = TileMaps(ends_e, order_N.numel())
-    h_NG, a_NF = launch_up(x_TD, w_gate_up_eGD, order_N, maps, weights_TK.shape[1])
-    y_ND = launch_grouped_gemm(a_NF, w_down_eDF, maps, w_is_nk=True)
+    h_NG, a_NF = launch_up(x_TD, w_gate_up_eGD, order_N, maps, weights_TK.shape[1], variant=variant)
+    bias_eD = variant.biases[1] if variant.biases else None
+    y_ND = launch_grouped_gemm(a_NF, w_down_eDF, maps, w_is_nk=True, bias=bias_eD)
     return sum_rows(y_ND, weights_TK, inverse_N, weights_TK.shape[1], ends_e=ends_e), h_NG
 
 
 def expert_mlp_bwd(
-    grad_TD: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], index: Index, h_NG: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the forward's first four arguments, `inputs`; all contiguous."""
+    grad_TD: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    index: Index,
+    h_NG: Tensor,
+    *,
+    variant: Variant = PLAIN,
+) -> tuple[Tensor, ...]:
+    """Gradients of the forward's first four arguments, `inputs`, then of the biases; all contiguous."""
     x_TD, w_gate_up_eGD, _, weights_TK = inputs
     order_N, inverse_N, ends_e = index
     top_k = weights_TK.shape[1]
     maps = TileMaps(ends_e, order_N.numel())
-    grad_h_NG, scaled_a_NF, partials_NP = launch_grad_h(grad_TD, inputs, order_N, h_NG, maps)
-    grad_weights_TK = _sum_partials(partials_NP, inverse_N, ends_e).view_as(weights_TK)
+    grad_h_NG, scaled_a_NF, partials_NP = launch_grad_h(grad_TD, inputs, order_N, h_NG, maps, variant=variant)
+    grad_weights_TK = sum_partials(partials_NP, inverse_N, ends_e).view_as(weights_TK)
     grad_down_eDF = launch_grouped_wgrad(grad_TD, scaled_a_NF, maps, order_left_R=order_N, top_k=top_k)
     del scaled_a_NF, partials_NP  # before the next large one
     grad_gate_up_eGD = launch_grouped_wgrad(grad_h_NG, x_TD, maps, order_right_R=order_N, top_k=top_k)
     grad_x_ND = launch_grouped_gemm(grad_h_NG, w_gate_up_eGD, maps, w_is_nk=False)
     grad_x_TD = sum_rows(grad_x_ND, None, inverse_N, top_k, ends_e=ends_e)
-    return grad_x_TD, grad_gate_up_eGD, grad_down_eDF, grad_weights_TK
+    grads = (grad_x_TD, grad_gate_up_eGD, grad_down_eDF, grad_weights_TK)
+    if variant.biases is None:
+        return grads
+    grad_bias_eG = launch_expert_sums(grad_h_NG, maps)
+    grad_bias_eD = launch_expert_sums(grad_TD, maps, order_R=order_N, weights=weights_TK, top_k=top_k)
+    return *grads, grad_bias_eG, grad_bias_eD
 
 
 def launch_up(
@@ -225,6 +249,7 @@ def launch_up(
     maps: TileMaps,
     top_k: int,
     *,
+    variant: Variant = PLAIN,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h_NG and a_NF; by default with the tile for these sizes."""
@@ -234,9 +259,10 @@ def launch_up(
         tile = tile or tile_for("up", Sizes(maps.num_rows, experts, G, D), x_TD)
         map_P2 = maps.of(tile.block_m)
         grid = (map_P2.shape[0] * triton.cdiv(F, tile.block_n // 2),)
-        tensors = (x_TD, w_gate_up_eGD, h_NG, a_NF, order_N, maps.ends_e, map_P2)
+        bias_eG = variant.biases[0] if variant.biases else None
+        tensors = (x_TD, w_gate_up_eGD, bias_eG, h_NG, a_NF, order_N, maps.ends_e, map_P2)
         with torch.cuda.device_of(x_TD):
-            up_kernel[grid](*tensors, top_k, D, F, **launch_options(tile))
+            up_kernel[grid](*tensors, top_k, D, F, variant.activation, **launch_options(tile))
     return h_NG, a_NF
 
 
@@ -247,28 +273,36 @@ def launch_grad_h(
     h_NG: Tensor,
     maps: TileMaps,
     *,
+    variant: Variant = PLAIN,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Make dH [N, G], A' [N, F], and dS in parts [N, P], one a tile of columns.
+    """Make dH [N, G], A' [N, F], and dS in parts [N, P]: one a tile of columns, and one for a bias.
 
     By default with the tile for these sizes.
     """
     _, _, w_down_eDF, weights_TK = inputs
-    experts, D, F = w_down_eDF.shape
+    (experts, D, F), top_k = w_down_eDF.shape, weights_TK.shape[1]
     tile = tile or tile_for("grad_h", Sizes(maps.num_rows, experts, F, D), grad_TD)
     grad_h_NG, scaled_a_NF = torch.empty_like(h_NG), h_NG.new_empty(maps.num_rows, F)
-    partials_NP = weights_TK.new_empty(maps.num_rows, triton.cdiv(F, tile.block_n))
+    tiles_F = triton.cdiv(F, tile.block_n)
+    parts = tiles_F + (variant.biases is not None)
+    partials_NP = weights_TK.new_empty(maps.num_rows, parts)
     if h_NG.numel():
         map_P2 = maps.of(tile.block_m)
-        grid = (map_P2.shape[0] * partials_NP.shape[1],)
         outputs = (grad_h_NG, scaled_a_NF, partials_NP)
         tensors = (grad_TD, w_down_eDF, h_NG, weights_TK, *outputs, order_N, maps.ends_e, map_P2)
+        options = launch_options(tile) | {"ACTIVATION": variant.activation}
         with torch.cuda.device_of(grad_TD):
-            grad_h_kernel[grid](*tensors, weights_TK.shape[1], D, F, **launch_options(tile))
+            grad_h_kernel[(map_P2.shape[0] * tiles_F,)](*tensors, top_k, D, F, parts, **options)
+    if variant.biases is not None:
+        _, bias_eD = variant.biases
+        launch_bias_products(
+            grad_TD, bias_eD, maps, order_R=order_N, top_k=top_k, out_R=partials_NP[:, tiles_F]
+        )
     return grad_h_NG, scaled_a_NF, partials_NP
 
 
-def _sum_partials(partials_NP: Tensor, inverse_N: Tensor, ends_e: Tensor) -> Tensor:
+def sum_partials(partials_NP: Tensor, inverse_N: Tensor, ends_e: Tensor) -> Tensor:
     """Gradient of each pair's weight, [N]."""
     num_pairs, parts = partials_NP.shape
     grad_N = partials_NP.new_empty(num_pairs)

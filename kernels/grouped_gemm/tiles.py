@@ -68,7 +68,19 @@ def tile_for(kind: str, sizes: Sizes, like: Tensor) -> Tile:
 
     Raises:
         ValueError: the tuned file is not one of ours.
-        RuntimeError: this Triton is known to compile these kernels wrong for this GPU.
+        RuntimeError: as `capability_of`.
+    """
+    capability = capability_of(like)
+    name = torch.cuda.get_device_name(like.device) if like.is_cuda else "interpreter"
+    tuned = tuned_tiles(Path.home() / CACHE).get(cache_key(kind, sizes, like.dtype, name))
+    return tuned or heuristic(kind, sizes, like.element_size(), capability)
+
+
+def capability_of(like: Tensor) -> int:
+    """Major compute capability of a tensor's GPU; 9 in the interpreter.
+
+    Raises:
+        RuntimeError: this Triton is known to compile grouped GEMMs wrong for this GPU.
     """
     capability = torch.cuda.get_device_capability(like.device)[0] if like.is_cuda else 9
     if capability >= 10 and triton.__version__.startswith(("3.4", "3.5", "3.6")):
@@ -76,9 +88,7 @@ def tile_for(kind: str, sizes: Sizes, like: Tensor) -> Tile:
         raise RuntimeError(
             f"triton {triton.__version__} compiles grouped GEMMs wrong for this GPU; install triton >= 3.7"
         )
-    name = torch.cuda.get_device_name(like.device) if like.is_cuda else "interpreter"
-    tuned = tuned_tiles(Path.home() / CACHE).get(cache_key(kind, sizes, like.dtype, name))
-    return tuned or heuristic(kind, sizes, like.element_size(), capability)
+    return capability
 
 
 def heuristic(kind: str, sizes: Sizes, element_bytes: int, capability: int) -> Tile:

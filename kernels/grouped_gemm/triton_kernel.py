@@ -108,6 +108,7 @@ def row_products(
 def grouped_gemm_kernel(
     p_a,
     p_w,
+    p_bias,
     p_out,
     p_order,
     p_ends,
@@ -120,7 +121,7 @@ def grouped_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[r] = a[row of r] @ w[expert of r], w [e, K, N], or [e, N, K] transposed.
+    """out[r] = a[row of r] @ w[expert of r] (+ bias), w [e, K, N], or [e, N, K] transposed.
 
     Grid: tiles of rows x tiles of columns, columns first: neighbours share rows of a, and their expert's
         weight
@@ -149,6 +150,8 @@ def grouped_gemm_kernel(
         BLOCK_N,
         BLOCK_K,
     )
+    if p_bias is not None:
+        b_out += tl.load(p_bias + expert * N + o_N, mask=m_N, other=0.0).to(tl.float32)[None, :]
     p_out_MN = p_out + o_M[:, None] * N + o_N[None, :]
     tl.store(p_out_MN, b_out.to(p_out.dtype.element_ty), mask=m_M[:, None] & m_N[None, :])
 
@@ -249,6 +252,7 @@ def launch_grouped_gemm(
     maps: TileMaps,
     *,
     w_is_nk: bool,
+    bias: Tensor | None = None,
     tile: Tile | None = None,
     order_R: Tensor | None = None,
     top_k: int = 1,
@@ -260,6 +264,7 @@ def launch_grouped_gemm(
         w: [e, N, K] if w_is_nk, else [e, K, N].
         maps: of the experts' rows.
         w_is_nk: as said.
+        bias: [e, N], added to the rows of each expert.
         tile: by default the one for these sizes.
         order_R: row r is a[order[r] // top_k]; None takes a's rows as they come.
         top_k: as said.
@@ -270,7 +275,7 @@ def launch_grouped_gemm(
     if out_RN.numel():
         map_P2 = maps.of(tile.block_m)
         grid = (map_P2.shape[0] * triton.cdiv(N, tile.block_n),)
-        tensors = (a, w, out_RN, order_R, maps.ends_e, map_P2)
+        tensors = (a, w, bias, out_RN, order_R, maps.ends_e, map_P2)
         with torch.cuda.device_of(a):
             grouped_gemm_kernel[grid](*tensors, top_k, N, K, w_is_nk, **launch_options(tile))
     return out_RN

@@ -1,9 +1,10 @@
 """The MoE layer in plain PyTorch and our kernels; no engine is imported."""
 
 from moe.layer.balance import BalanceSettings, attach_loss, router_losses, updated_bias
+from moe.layer.config import MoEConfig
 from moe.layer.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from moe.layer.experts import GroupedExperts
-from moe.layer.moe_layer import MoELayer, build_moe_layer
+from moe.layer.moe_layer import MoELayer
 from moe.layer.router import Router
 from moe.layer.shared_expert import SharedExpert
 from moe.layer.types import Dispatched, Losses, MoEOutput, Routing
@@ -16,13 +17,13 @@ __all__ = [
     "GroupedExperts",
     "LocalDispatcher",
     "Losses",
+    "MoEConfig",
     "MoELayer",
     "MoEOutput",
     "Router",
     "Routing",
     "SharedExpert",
     "attach_loss",
-    "build_moe_layer",
     "router_losses",
     "updated_bias",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe.layer.types import Losses, Routing
 
-AUX_LOSSES = ("none", "sequence", "batch")
+AUX_LOSSES = ("none", "sequence", "batch", "global")
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,33 @@ class BalanceSettings:
         return self.aux_loss != "none" and self.aux_loss_coeff > 0
 
     def num_sequences(self, batch_size: int) -> int:
-        """Sequences to sum over apart, for the router: scope `batch` takes all as one, no loss needs none."""
+        """Sequences to sum over apart, for the router: wider scopes take all as one, no loss needs none."""
         if self.balances and self.aux_loss == "sequence":
             return batch_size
         return 1 if self.balances or self.z_loss_coeff > 0 else 0
 
 
 def router_losses(
-    routing: Routing, settings: BalanceSettings, *, sequence_group: dist.ProcessGroup | None = None
+    routing: Routing,
+    settings: BalanceSettings,
+    *,
+    sequence_group: dist.ProcessGroup | None = None,
+    balance_group: dist.ProcessGroup | None = None,
 ) -> Losses:
     """Balance and z loss of the tokens of this rank, from the sums that routing left.
 
     The balance loss is E * sum_e f_e * P_e: f_e the share of routed pairs, P_e the mean score of expert e.
     Scope `batch` is the Switch Transformer's loss (arXiv 2101.03961, equation 4) generalised to top-k;
-    `sequence` takes it in each sequence, then the mean (arXiv 2412.19437, equations 17-20).
+    `sequence` takes it in each sequence, then the mean (arXiv 2412.19437, equations 17-20); `global` takes
+    f_e over the tokens of all ranks of the group, so that a rank may specialise (arXiv 2501.11873).
 
     Args:
         routing: with sums over settings.num_sequences.
         settings: scopes and coefficients.
         sequence_group: ranks that hold the other positions of the same sequences (sequence parallelism).
             The returned values are this rank's share; their sum over the group is the loss.
+        balance_group: ranks whose tokens count for scope `global`, as many on each; the loss of a rank is its
+            own, and their mean is the loss.
 
     Raises:
         ValueError: if a loss is on and the router has summed nothing.
@@ -75,6 +82,9 @@ def router_losses(
         counts_BE = sums.counts_BE.to(sums.shares_BE.dtype)
         if sequence_group is not None:
             dist.all_reduce(counts_BE, group=sequence_group)
+        if settings.aux_loss == "global" and balance_group is not None:
+            dist.all_reduce(counts_BE, group=balance_group)
+            counts_BE /= dist.get_world_size(balance_group)
         share_BE = counts_BE / (length * K) * (sums.shares_BE / length)
         balance = settings.aux_loss_coeff * E * share_BE.sum(dim=1).mean()
     if settings.z_loss_coeff > 0:

@@ -16,7 +16,7 @@ class SharedExpert(nn.Module):
         shared_hidden_size: int,
         *,
         dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.w_gate_up_GD = nn.Parameter(

@@ -17,10 +17,15 @@ from moe.kernels.topk_route import RouteSums
 class Routing:
     """The router's decision for the tokens of this rank."""
 
-    ids_TK: Tensor  # int64, best first; -1 where token rounding dropped a pair
+    ids_TK: Tensor  # int64, best first; -1 for a pair that was dropped
     weights_TK: Tensor  # fp32, gradients flow through it
-    counts_E: Tensor  # int64, how many tokens of this rank chose each expert
-    sums: RouteSums | None = None  # over each sequence, for the losses
+    counts_E: Tensor  # int64, how many tokens of this rank go to each expert
+    sums: RouteSums | None = None  # over each sequence, before any drop, for the losses
+
+    @property
+    def num_dropped(self) -> Tensor:
+        """Pairs that were dropped, int64 on the device."""
+        return self.ids_TK.numel() - self.counts_E.sum()
 
 
 @dataclass(frozen=True)
@@ -67,4 +72,5 @@ class MoEOutput:
 
     y: Tensor  # the shape of the input
     losses: Losses
-    counts_E: Tensor
+    counts_E: Tensor  # tokens of this rank that went to each expert
+    num_dropped: Tensor  # pairs of this rank that went to none

@@ -11,7 +11,8 @@ from routed_pairs import ROUTINGS, some_ids
 from tolerances import assert_as_good_as_plain, assert_close
 from torch import Tensor
 
-from moe.kernels.expert_mlp import expert_mlp
+from moe.kernels.expert_mlp import ACTIVATIONS, expert_mlp
+from moe.kernels.expert_mlp.activation import activated, activation_gradients
 from moe.kernels.expert_mlp.reference import expert_mlp_reference
 from moe.kernels.permute_index import permute_index
 
@@ -96,11 +97,58 @@ def test_many_tokens(backend, dtype, triton_device):
     check((8, some_ids(600, 8, 2)), dtype, backend, triton_device if backend == "triton" else "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_activations_and_biases(backend, activation, dtype, triton_device):
+    device = triton_device if backend == "triton" else "cpu"
+    E, ids_TK = ROUTINGS["sentinels"]
+    T, K = ids_TK.shape
+    index = permute_index(ids_TK.flatten(), E)
+    generator = torch.Generator().manual_seed(5)
+    # The clamps of clamped_swiglu are at seven. In bf16 a value beside a clamp may round to either side of
+    # it, and which, is chance.
+    scale = 5 if dtype == torch.float32 else 1
+    tensors = inputs(T, E, K) | {"x": scale * torch.randn(T, D, generator=generator).double()}
+    tensors["b_gate_up"] = torch.randn(E, 2 * F, generator=generator).double()
+    tensors["b_down"] = torch.randn(E, D, generator=generator).double()
+    rounded = {n: t.detach() for n, t in in_dtype(tensors, dtype).items()}
+    cotangent_TD = torch.randn(T, D, generator=generator).to(dtype)
+
+    def results(op: Any, leaves: Named, index: Any, **options: Any) -> Named:
+        *inputs, b_gate_up, b_down = leaves.values()
+        y_TD = op(*inputs, index, activation=activation, biases=(b_gate_up, b_down), **options)
+        return {"y": y_TD, **gradients(y_TD, cotangent_TD.to(y_TD), **leaves)}
+
+    exact = results(expert_mlp_reference, in_dtype(rounded, torch.float64), index)
+    plain = results(expert_mlp_reference, in_dtype(rounded, dtype), index)
+    on_device = in_dtype({n: t.to(device) for n, t in rounded.items()}, dtype)
+    actual = results(expert_mlp, on_device, tuple(t.to(device) for t in index), backend=backend)
+    for name, tensor in actual.items():
+        assert_as_good_as_plain(name, tensor.cpu(), plain[name], exact[name], dtype=dtype)
+        assert_close(name, tensor.cpu(), exact[name], dtype=dtype)
+
+
+def test_activation_gradients_are_autograds():
+    gate, up = (t.requires_grad_() for t in torch.randn(2, 100).double() * 5)
+    for activation in ACTIVATIONS:
+        a = activated(gate, up, activation)
+        by_gate, by_up = torch.autograd.grad(a.sum(), (gate, up))
+        for name, actual, expected in zip(
+            ("a", "by gate", "by up"),
+            activation_gradients(gate, up, activation),
+            (a, by_gate, by_up),
+            strict=True,
+        ):
+            assert_close(f"{activation} {name}", actual, expected)
+
+
 @pytest.mark.parametrize("sizes", [(33, 47), (1, 1), (130, 70), (65, 129)], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_odd_sizes(backend, sizes, triton_device):
     device = triton_device if backend == "triton" else "cpu"
-    for dtype in (torch.float32, torch.bfloat16):
+    # Of a product of one number by one, which of two bf16 computations errs more is chance.
+    for dtype in (torch.float32,) if sizes == (1, 1) else (torch.float32, torch.bfloat16):
         check(ROUTINGS["sentinels"], dtype, backend, device, sizes=sizes)
 
 
@@ -189,11 +237,15 @@ def test_custom_ops_keep_torchs_rules(backend, triton_device):
     device = triton_device if backend == "triton" else "cpu"
     tensors, index = small(device)
     ops = torch.ops.joulemoe
-    # Rows of sentinels in h are undefined: these have none.
-    torch.library.opcheck(ops.expert_mlp.default, (*tensors.values(), *index, backend))
-    frozen = [t.detach() for t in tensors.values()]
-    h_NG = torch.randn(8, 2 * F, device=device)
-    torch.library.opcheck(ops.expert_mlp_backward.default, (frozen[0] + 1, *frozen, *index, h_NG, backend))
+    biases = torch.randn(3, 2 * F, device=device), torch.randn(3, D, device=device)
+    for variant in ((None, None), biases):
+        # Rows of sentinels in h are undefined: these have none.
+        arguments = (*tensors.values(), *index, *variant, "geglu", backend)
+        torch.library.opcheck(ops.expert_mlp.default, arguments)
+        frozen = [t.detach() for t in tensors.values()]
+        h_NG = torch.randn(8, 2 * F, device=device)
+        arguments = (frozen[0] + 1, *frozen, *index, *variant, h_NG, "geglu", backend)
+        torch.library.opcheck(ops.expert_mlp_backward.default, arguments)
 
 
 def shaped(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -229,6 +281,23 @@ ENDS = torch.tensor([1, 3], dtype=torch.int32)
 def test_what_does_not_fit_is_refused(tensors, index, message):
     with pytest.raises(ValueError, match=message):
         expert_mlp(*tensors, index or (torch.arange(3), torch.arange(3), ENDS))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "relu"}, "activation='relu' is unknown; allowed: swiglu, geglu, clamped_swiglu"),
+        (
+            {"biases": (torch.zeros(2, 4), torch.zeros(2, 8))},
+            r"of shapes \[\(2, 8\), \(2, 8\)\], got .*\(2, 4\)",
+        ),
+        ({"biases": (torch.zeros(2, 8).half(), torch.zeros(2, 8))}, "biases must be torch.float32 of shapes"),
+        ({"precision": "fp8", "activation": "geglu"}, "precision='fp8' takes swiglu experts without biases"),
+    ],
+)
+def test_variants_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        expert_mlp(*shaped(*GOOD), (torch.arange(3), torch.arange(3), ENDS), **options)
 
 
 def test_triton_refuses_float64(triton_device):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe.kernels.expert_mlp import expert_mlp
 from moe.kernels.permute_index import permute_index
-from moe.layer import build_moe_layer
+from moe.layer import MoEConfig, MoELayer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -19,10 +19,19 @@ T, D, F, E, K = 300, 64, 96, 8, 2
 
 def make_layer() -> torch.nn.Module:
     torch.manual_seed(0)
-    layer = build_moe_layer(D, E, K, F, dtype=torch.bfloat16, device=torch.device("cuda"))
-    layer.router.reset_parameters()
-    layer.experts.reset_parameters(std=0.1)
-    return layer
+    config = MoEConfig(
+        hidden_size=D,
+        num_experts=E,
+        top_k=K,
+        expert_hidden_size=F,
+        aux_loss="sequence",
+        aux_loss_coeff=0.1,
+        z_loss_coeff=0.1,
+        rounding="nearest",
+        tile_rows=16,
+        init_std=0.1,
+    )
+    return MoELayer(config, dtype=torch.bfloat16, device="cuda")
 
 
 def make_batch() -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_close
 
 from moe.kernels.permute_index import pad_to_tiles, permute_index
-from moe.kernels.token_rounding import token_rounding
+from moe.kernels.token_drop import token_rounding
 from moe.kernels.topk_route import topk_route_with_sums
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -17,29 +17,51 @@ def launch(kernel: str, *tensors: torch.Tensor, **sizes: int) -> None:
     getattr(triton_examples, kernel)[(1,)](*tensors, **sizes)
 
 
-def test_casts_to_bf16_round_as_torch(triton_device):
-    special = torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 3.4e38, 1e-40, torch.inf, -torch.inf])
-    x = torch.cat((special, torch.randn(1016, generator=torch.Generator().manual_seed(0)))).to(triton_device)
-    narrow, wide = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x)
-    launch("to_bf16_and_back", x, narrow, wide, BLOCK=1024)
-    assert torch.equal(narrow, x.to(torch.bfloat16))
+NARROW = [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_casts_round_as_torch(dtype, triton_device):
+    special = torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 1.0625, 1.1875, 1e-40, 2**-10, 1.1 * 2**-10])
+    x = torch.cat((special, torch.randn(1015, generator=torch.Generator().manual_seed(0)))).to(triton_device)
+    narrow, wide = torch.empty_like(x, dtype=dtype), torch.empty_like(x)
+    launch("narrow_and_widen", x, narrow, wide, BLOCK=1024)
+    assert torch.equal(narrow.float(), x.to(dtype).float())
     assert torch.equal(wide, narrow.float())
 
 
-def test_nan_stays_nan_in_bf16(triton_device):
-    x = torch.full((16,), torch.nan, device=triton_device)
-    narrow, wide = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x)
-    launch("to_bf16_and_back", x, narrow, wide, BLOCK=16)
-    assert narrow.isnan().all() and wide.isnan().all()
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_what_is_too_large_saturates_in_fp8_only(dtype, triton_device):
+    x = torch.tensor([1e39, -torch.inf, 1e38, torch.nan], device=triton_device)
+    narrow, wide = torch.empty_like(x, dtype=dtype), torch.empty_like(x)
+    launch("narrow_and_widen", x, narrow, wide, BLOCK=4)
+    if dtype == torch.bfloat16:
+        assert wide[:3].tolist() == [torch.inf, -torch.inf, torch.tensor(1e38).bfloat16().item()]
+    else:
+        largest = torch.finfo(dtype).max
+        assert wide[:3].tolist() == [largest, -largest, largest]
+    assert narrow.float()[3].isnan() and wide[3].isnan()
 
 
-def test_dot_of_bf16_is_that_of_fp32(triton_device):
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_dot_of_narrow_numbers_is_that_of_fp32(dtype, triton_device):
     generator = torch.Generator().manual_seed(0)
     # Small integers: every sum is exact in any order.
-    a, b = (torch.randint(-8, 9, (32, 32), generator=generator).bfloat16().to(triton_device) for _ in "ab")
+    a, b = (torch.randint(-8, 9, (32, 32), generator=generator).to(triton_device, dtype) for _ in "ab")
     out = torch.empty(32, 32, device=triton_device)
     launch("dot", a, b, out, BLOCK=32)
     assert torch.equal(out, a.float() @ b.float())
+
+
+def test_dot_scaled_is_that_of_scaled_fp32(triton_device):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-8, 9, (64, 64), generator=generator).to(torch.float8_e4m3fn) for _ in "ab")
+    a_scales, b_scales = (torch.randint(120, 130, (64, 2), generator=generator).byte() for _ in "ab")
+    out = torch.empty(64, 64, device=triton_device)
+    on_device = (t.to(triton_device) for t in (a, a_scales, b, b_scales))
+    launch("dot_scaled", *on_device, out, BLOCK=64)
+    a_wide, b_wide = ((2.0 ** (s.float() - 127)).repeat_interleave(32, dim=1) for s in (a_scales, b_scales))
+    assert torch.equal(out.cpu(), (a.float() * a_wide) @ (b.float() * b_wide.T))
 
 
 def test_sort_of_rows(triton_device):
@@ -51,9 +73,10 @@ def test_sort_of_rows(triton_device):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do what the interpreter refuses")
 @pytest.mark.parametrize("kernel", ["double", "total"])
-def test_arithmetic_in_bf16_is_refused(kernel, triton_device):
-    with pytest.raises(Exception, match=r"in bf16; a kernel widens it with .to\(tl.float32\)"):
-        launch(kernel, torch.ones(16, dtype=torch.bfloat16), BLOCK=16)
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float8_e4m3fn, "fp8e4nv")])
+def test_arithmetic_on_narrow_numbers_is_refused(dtype, name, kernel, triton_device):
+    with pytest.raises(Exception, match=rf"in {name}; a kernel widens it with .to\(tl.float32\)"):
+        launch(kernel, torch.ones(16).to(dtype), BLOCK=16)
 
 
 @pytest.fixture(scope="module")

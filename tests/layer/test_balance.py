@@ -91,8 +91,10 @@ def test_losses_without_sums_are_refused():
 
 
 def test_an_unknown_scope_is_refused():
-    with pytest.raises(ValueError, match="aux_loss='global' is unknown; allowed: none, sequence, batch"):
-        BalanceSettings("global", 0.1)
+    with pytest.raises(
+        ValueError, match="aux_loss='world' is unknown; allowed: none, sequence, batch, global"
+    ):
+        BalanceSettings("world", 0.1)
 
 
 def test_bias_moves_towards_balance():

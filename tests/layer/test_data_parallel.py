@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from moe.layer import BalanceSettings, MoELayer, SharedExpert, build_moe_layer
+from moe.layer import MoEConfig, MoELayer
 
 D, F, E, K = 16, 24, 6, 2
 Named = dict[str, torch.Tensor]
@@ -35,18 +35,19 @@ class Block(nn.Module):
 
 def make_block() -> Block:
     torch.manual_seed(0)
-    layer = build_moe_layer(
-        D,
-        E,
-        K,
-        F,
-        shared_expert=SharedExpert(D, 8),
-        balance=BalanceSettings("sequence", 0.1, 0.01),
+    config = MoEConfig(
+        hidden_size=D,
+        num_experts=E,
+        top_k=K,
+        expert_hidden_size=F,
+        shared_expert_hidden_size=8,
         renormalize=True,
+        aux_loss="sequence",
+        aux_loss_coeff=0.1,
+        z_loss_coeff=0.01,
+        init_std=0.3,
     )
-    for part in (layer.router, layer.experts, layer.shared_expert):
-        part.reset_parameters(std=0.3)
-    return Block(layer)
+    return Block(MoELayer(config))
 
 
 def tokens(rank: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from gradients import gradients
 from tolerances import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe.layer import AllToAllDispatcher, GroupedExperts, LocalDispatcher, Routing
+from moe.layer import AllToAllDispatcher, GroupedExperts, LocalDispatcher, MoEConfig, Routing
 
 D, F, E, K, T = 5, 6, 8, 2, 7
 Named = dict[str, torch.Tensor]
@@ -41,7 +41,10 @@ def there_and_back(
     weights_TK = torch.rand(T, K, generator=generator).to(device).requires_grad_()
     x_TD.requires_grad_()
     # The same expert everywhere, so that it does not matter which rank has which.
-    experts = GroupedExperts(num_local_experts, D, F, backend=dispatcher.backend, device=torch.device(device))
+    config = MoEConfig(
+        hidden_size=D, num_experts=E, top_k=K, expert_hidden_size=F, backend=dispatcher.backend
+    )
+    experts = GroupedExperts(config, num_local_experts, device=device)
     with torch.no_grad():
         for weight in experts.parameters():
             weight.copy_(torch.randn(weight.shape[1:], generator=generator.manual_seed(7)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,14 +18,14 @@ from moe.layer import (
     Dispatcher,
     GroupedExperts,
     LocalDispatcher,
+    MoEConfig,
     MoELayer,
     Routing,
-    SharedExpert,
-    build_moe_layer,
 )
 from moe.layer.dispatch import all_to_all_rows
 
 D, F, E, K = 16, 24, 8, 2
+CONFIG = MoEConfig(hidden_size=D, num_experts=E, top_k=K, expert_hidden_size=F)
 Named = dict[str, torch.Tensor]
 
 
@@ -45,9 +46,9 @@ def through_experts(
 def make_experts(dtype: torch.dtype, rank: int = 0, num_ranks: int = 1) -> GroupedExperts:
     """The shard of a rank; shards of one seed are parts of one whole."""
     torch.manual_seed(0)
-    whole = GroupedExperts(E, D, F, dtype=dtype)
+    whole = GroupedExperts(CONFIG, E, dtype=dtype)
     whole.reset_parameters(std=0.2)
-    shard = GroupedExperts(E // num_ranks, D, F, dtype=dtype)
+    shard = GroupedExperts(CONFIG, E // num_ranks, dtype=dtype)
     shards = {name: p.chunk(num_ranks)[rank] for name, p in whole.named_parameters()}
     shard.load_state_dict(shards)
     return shard
@@ -131,12 +132,11 @@ def test_all_to_all_in_bf16_equals_one_rank(ranks):
 
 
 def make_layer(ep_group: dist.ProcessGroup | None, rank: int = 0, num_ranks: int = 1) -> MoELayer:
-    shared = SharedExpert(D, 8)
-    layer = build_moe_layer(D, E, K, F, shared_expert=shared, ep_group=ep_group, renormalize=True)
+    layer = MoELayer(replace(CONFIG, shared_expert_hidden_size=8, renormalize=True), ep_group=ep_group)
     layer.experts = make_experts(torch.float32, rank, num_ranks)
     torch.manual_seed(1)
     layer.router.reset_parameters(std=0.5)
-    shared.reset_parameters(std=0.2)
+    layer.shared_expert.reset_parameters(std=0.2)
     return layer
 
 
@@ -194,7 +194,7 @@ def refusals_on_rank() -> list[str]:
     foreign = LocalDispatcher(E).dispatch(torch.zeros(3, D), routing)
     attempts = [
         lambda: AllToAllDispatcher(7, group),
-        lambda: build_moe_layer(D, 7, K, F, ep_group=group),
+        lambda: MoELayer(replace(CONFIG, num_experts=7), ep_group=group),
         lambda: AllToAllDispatcher(E, group).combine(torch.zeros(6, D), foreign),
     ]
     messages = []

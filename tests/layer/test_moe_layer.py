@@ -11,15 +11,7 @@ from dense_oracle import balance_loss, dense_moe, z_loss
 from gradients import gradients
 from tolerances import assert_close
 
-from moe.layer import (
-    BalanceSettings,
-    GroupedExperts,
-    MoELayer,
-    Router,
-    Routing,
-    SharedExpert,
-    build_moe_layer,
-)
+from moe.layer import MoEConfig, MoELayer, Routing
 from moe.layer.router import gate
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -34,15 +26,20 @@ ROUTERS = {
 }
 
 
-def make_layer(E=6, K=2, *, shared=True, dtype=torch.float32, balance=None, **router) -> MoELayer:
+def make_layer(E=6, K=2, *, shared=True, dtype=torch.float32, **settings) -> MoELayer:
     torch.manual_seed(0)
-    shared_expert = SharedExpert(D, 8, dtype=dtype) if shared else None
-    layer = build_moe_layer(D, E, K, F, shared_expert=shared_expert, balance=balance, dtype=dtype, **router)
+    config = MoEConfig(
+        hidden_size=D,
+        num_experts=E,
+        top_k=K,
+        expert_hidden_size=F,
+        shared_expert_hidden_size=8 if shared else 0,
+        init_std=0.2,
+        **settings,
+    )
+    layer = MoELayer(config, dtype=dtype)
     layer.router.reset_parameters(std=0.5)
     layer.router.bias_E.normal_(std=0.1)
-    layer.experts.reset_parameters(std=0.2)
-    if shared_expert is not None:
-        shared_expert.reset_parameters(std=0.2)
     return layer
 
 
@@ -50,7 +47,7 @@ def check_against_the_oracle(layer: MoELayer, x_SBD: torch.Tensor) -> None:
     parameters = dict(layer.named_parameters())
     expected = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
     expected_x_TD = x_SBD.detach().flatten(0, 1).double().requires_grad_()
-    router = vars(layer.router) | {"bias_E": layer.router.bias_E.double()}
+    router = vars(layer.config) | {"bias_E": layer.router.bias_E.double()}
     y_SBD = layer(x_SBD).y
     expected_y_TD = dense_moe(expected_x_TD, expected, router)
     assert y_SBD.shape == x_SBD.shape and y_SBD.dtype == x_SBD.dtype
@@ -105,7 +102,7 @@ def test_hot_and_empty_experts():
 @pytest.mark.parametrize("scope", ["sequence", "batch"])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_losses_are_those_of_its_tokens(scope, score):
-    layer = make_layer(balance=BalanceSettings(scope, 0.3, 0.01), score=score)
+    layer = make_layer(aux_loss=scope, aux_loss_coeff=0.3, z_loss_coeff=0.01, score=score)
     x_SBD = torch.randn(7, 3, D)
     losses = layer(x_SBD).losses
     weight_ED = layer.router.weight_ED.detach().double().requires_grad_()
@@ -121,9 +118,7 @@ def test_losses_are_those_of_its_tokens(scope, score):
 
 
 def test_builds_on_meta_and_is_filled_later():
-    layer = build_moe_layer(
-        D, 6, 2, F, shared_expert=SharedExpert(D, 8, device="meta"), device=torch.device("meta")
-    )
+    layer = MoELayer(make_layer().config, device="meta")
     tensors = [*layer.parameters(), *layer.buffers()]
     assert len(tensors) == 6 and all(t.is_meta for t in tensors)
     source = make_layer()
@@ -200,8 +195,9 @@ def test_sums_for_the_losses_change_no_routing():
     ids=["", "groups_and_rounding"],
 )
 def test_compiles_as_one_graph(router):
-    # bf16: torch 2.13 traces grouped_mm in no other dtype.
-    layer = make_layer(dtype=torch.bfloat16, balance=BalanceSettings("sequence", 0.1, 0.1), **router)
+    layer = make_layer(
+        dtype=torch.bfloat16, aux_loss="sequence", aux_loss_coeff=0.1, z_loss_coeff=0.1, **router
+    )
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x_SBD = torch.randn(7, 3, D, dtype=torch.bfloat16, requires_grad=True)
     results = []
@@ -211,11 +207,6 @@ def test_compiles_as_one_graph(router):
         results.append(gradients(total, torch.ones(()), x=x_SBD, **dict(layer.named_parameters())))
     for name, eager in results[0].items():
         assert_close(f"{name}.grad", results[1][name], eager, dtype=torch.bfloat16)
-
-
-def test_experts_that_do_not_fit_the_router_are_refused():
-    with pytest.raises(ValueError, match="4 local experts on 1 ranks are not the router's 6"):
-        MoELayer(Router(D, 6, 2), GroupedExperts(4, D, F))
 
 
 def test_imports_no_engine():

@@ -8,15 +8,24 @@ import torch.distributed as dist
 from gradients import gradients
 from tolerances import assert_close
 
-from moe.layer import BalanceSettings, MoELayer, build_moe_layer
+from moe.layer import MoEConfig, MoELayer
 
 S, B, D, E, K = 10, 3, 16, 6, 2
 
 
 def make_layer(scope: str, score: str, sequence_group: dist.ProcessGroup | None = None) -> MoELayer:
     torch.manual_seed(0)
-    balance = BalanceSettings(scope, 0.3, 0.01)
-    layer = build_moe_layer(D, E, K, 8, balance=balance, sequence_group=sequence_group, score=score)
+    config = MoEConfig(
+        hidden_size=D,
+        num_experts=E,
+        top_k=K,
+        expert_hidden_size=8,
+        score=score,
+        aux_loss=scope,
+        aux_loss_coeff=0.3,
+        z_loss_coeff=0.01,
+    )
+    layer = MoELayer(config, sequence_group=sequence_group)
     layer.router.reset_parameters(std=0.5)
     layer.experts.reset_parameters(std=0.2)
     return layer

@@ -1,4 +1,4 @@
-"""token_rounding against its reference, bit by bit, and what its rule promises."""
+"""token_rounding and capacity_limit against their references, bit by bit, and what the rules promise."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from gradients import gradients
 from torch import Tensor
 
-from moe.kernels.token_rounding import token_rounding
-from moe.kernels.token_rounding.reference import token_rounding_reference
+from moe.kernels.token_drop import capacity_limit, token_rounding
+from moe.kernels.token_drop.reference import capacity_limit_reference, token_rounding_reference
 from moe.kernels.topk_route import topk_route
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -38,6 +38,21 @@ def test_equals_the_reference(size, tile, rounding, backend, triton_device):
     expected = token_rounding_reference(ids_TK, weights_TK, size[1], tile, rounding=rounding)
     for name, a, e in zip(("ids", "weights", "counts"), actual, expected, strict=True):
         assert a.dtype == e.dtype and torch.equal(a.cpu(), e), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("capacity", [0, 1, 5, 1000])
+@pytest.mark.parametrize("size", [(0, 4, 2), (63, 5, 2), (100, 100, 8)], ids=str)
+def test_capacity_equals_the_reference(size, capacity, backend, triton_device):
+    ids_TK, weights_TK = make_routing(*size)
+    weights_TK = weights_TK.mul(8).round() / 8
+    ids_TK[::5, -1] = -1
+    on_device = (ids_TK.to(triton_device), weights_TK.to(triton_device))
+    actual = capacity_limit(*on_device, size[1], capacity, backend=backend)
+    expected = capacity_limit_reference(ids_TK, weights_TK, size[1], capacity)
+    for name, a, e in zip(("ids", "weights", "counts"), actual, expected, strict=True):
+        assert a.dtype == e.dtype and torch.equal(a.cpu(), e), name
+    assert int(actual[2].max()) <= capacity
 
 
 def test_small_example():
@@ -90,3 +105,8 @@ def test_torch_compile_traces_one_graph(backend, triton_device):
 def test_what_cannot_work_is_refused(shape, tile, rounding, message):
     with pytest.raises(ValueError, match=message):
         token_rounding(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(shape), 4, tile, rounding=rounding)
+
+
+def test_a_negative_capacity_is_refused():
+    with pytest.raises(ValueError, match="capacity=-1 must be 0 or more"):
+        capacity_limit(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2), 4, -1)

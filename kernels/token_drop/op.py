@@ -1,9 +1,11 @@
-"""Token rounding: sorts, gathers and `permute_index`, the same on every device.
+"""Token rounding and expert capacity: sorts, gathers and `permute_index`, the same on every device.
 
 Shapes: T tokens, K top-k, N = T*K routed pairs, E experts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -52,23 +54,64 @@ def token_rounding(
         ValueError: if shapes differ, there is no expert, the tile or the rounding is none, or the backend
             cannot run here.
     """
-    if ids_TK.dim() != 2 or ids_TK.shape != weights_TK.shape:
-        raise ValueError(
-            f"ids and weights must both be [T, K], got {tuple(ids_TK.shape)} and {tuple(weights_TK.shape)}"
-        )
     if tile < 1:
         raise ValueError(f"tile={tile} must be at least 1")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r} is unknown; allowed: {', '.join(ROUNDINGS)}")
+
+    def rounded(counts_E: Tensor) -> Tensor:
+        rest_E = counts_E % tile
+        if rounding == "nearest":
+            rest_E = rest_E.where(2 * rest_E < tile, 0)
+        return counts_E - rest_E
+
+    return _keep_best(ids_TK, weights_TK, num_experts, rounded, backend)
+
+
+def capacity_limit(
+    ids_TK: Tensor, weights_TK: Tensor, num_experts: int, capacity: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Drop what an expert gets beyond its capacity (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961).
+
+    Dropped are the pairs with the least weights, of equal ones those of later tokens (those papers drop by
+    position). The weights that stay are not renormalised.
+
+    Args:
+        ids_TK: int64; ids outside [0, E) are sentinels, which no expert counts.
+        weights_TK: combine weights. Gradients flow to those that stay.
+        num_experts: E.
+        capacity: pairs that an expert keeps at most.
+        backend: of `permute_index`; all give the same bits.
+
+    Returns:
+        As `token_rounding`.
+
+    Raises:
+        ValueError: if shapes differ, there is no expert, the capacity is negative, or the backend cannot run
+            here.
+    """
+    if capacity < 0:
+        raise ValueError(f"capacity={capacity} must be 0 or more")
+    return _keep_best(ids_TK, weights_TK, num_experts, lambda counts_E: counts_E.clamp(max=capacity), backend)
+
+
+def _keep_best(
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    num_experts: int,
+    kept_of: Callable[[Tensor], Tensor],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each expert keeps kept_of(its count) pairs, those with the largest weights."""
+    if ids_TK.dim() != 2 or ids_TK.shape != weights_TK.shape:
+        raise ValueError(
+            f"ids and weights must both be [T, K], got {tuple(ids_TK.shape)} and {tuple(weights_TK.shape)}"
+        )
     best_first_N = torch.sort(weights_TK.detach().flatten(), descending=True, stable=True).indices
     ids_N = ids_TK.flatten()[best_first_N]
     _, row_N, ends_E = permute_index(ids_N, num_experts, backend=backend)
     starts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
-    counts_E = (ends_E - starts_E).long()
-    rest_E = counts_E % tile
-    if rounding == "nearest":
-        rest_E = rest_E.where(2 * rest_E < tile, 0)
-    counts_E = counts_E - rest_E
+    counts_E = kept_of((ends_E - starts_E).long())
     is_expert_N = (ids_N >= 0) & (ids_N < num_experts)
     expert_N = ids_N.where(is_expert_N, 0)
     # Among the pairs of an expert the stable sort keeps the best first: a row says how many are better.

@@ -1,0 +1,134 @@
+"""What a config may say beside sizes: capacity, jitter, biases, activations, order of axes; refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from gradients import gradients
+from tolerances import assert_close
+
+from moe.kernels.expert_mlp.reference import expert_mlp_reference
+from moe.kernels.permute_index import permute_index
+from moe.layer import MoEConfig, MoELayer
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+D, F, E, K = 16, 24, 6, 2
+PLAIN = MoEConfig(hidden_size=D, num_experts=E, top_k=K, expert_hidden_size=F, init_std=0.3)
+
+
+def make_layer(**settings: object) -> MoELayer:
+    torch.manual_seed(0)
+    layer = MoELayer(replace(PLAIN, **settings))
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if ".b_" in name:
+                parameter.normal_(std=0.5)
+    return layer
+
+
+def test_weights_are_drawn_by_the_seed():
+    first, second = make_layer(shared_expert_hidden_size=8), make_layer(shared_expert_hidden_size=8)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name)), name
+        assert 0.2 < parameter.std() < 0.4, name
+
+
+def test_a_capacity_drops_the_least_of_the_hot_expert_and_counts():
+    layer, dropless = make_layer(capacity_factor=1.0), make_layer()
+    for each in (layer, dropless):
+        each.router.bias_E.copy_(torch.tensor([9.0, 0, 0, 0, 0, 0]))  # every token goes to expert 0
+    x_SBD = torch.randn(6, 3, D, requires_grad=True)
+    output, full = layer(x_SBD), dropless(x_SBD)
+    assert full.num_dropped == 0 and full.counts_E[0] == 18
+    assert output.counts_E.max() <= 6 == output.counts_E[0]  # 18 tokens x 2 / 6
+    assert output.num_dropped == 36 - output.counts_E.sum() >= 12
+    output.y.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+    unchanged = (output.y == full.y).all(dim=-1)
+    assert unchanged.any() and not unchanged.all()
+
+
+def test_jitter_acts_in_training_only():
+    layer, x_SBD = make_layer(jitter=0.5), torch.randn(6, 3, D)
+    with torch.no_grad():
+        assert not torch.equal(layer(x_SBD).y, layer(x_SBD).y)
+        layer.eval()
+        assert torch.equal(layer(x_SBD).y, make_layer()(x_SBD).y)
+
+
+def test_batch_first_is_the_transpose():
+    x_SBD = torch.randn(7, 3, D)
+    settings = {"aux_loss": "sequence", "aux_loss_coeff": 0.3, "shared_expert_hidden_size": 8}
+    expected = make_layer(**settings)(x_SBD)
+    output = make_layer(**settings, batch_first=True)(x_SBD.transpose(0, 1).contiguous())
+    assert_close("y", output.y, expected.y.transpose(0, 1))
+    assert torch.equal(output.losses.balance, expected.losses.balance)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "clamped_swiglu"])
+def test_activations_and_biases(activation):
+    layer = make_layer(activation=activation, expert_bias=True, logit_bias=True)
+    parameters = dict(layer.named_parameters())
+    assert {"router.b_E", "experts.b_gate_up_eG", "experts.b_down_eD"} < parameters.keys()
+    wide = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
+    x_SBD = torch.randn(7, 3, D, requires_grad=True)
+    x_TD = x_SBD.detach().flatten(0, 1).double().requires_grad_()
+    probs_TE = (x_TD @ wide["router.weight_ED"].T + wide["router.b_E"]).softmax(dim=1)
+    ids_TK = layer.router(x_SBD.flatten(0, 1)).ids_TK
+    expected_TD = expert_mlp_reference(
+        x_TD,
+        wide["experts.w_gate_up_eGD"],
+        wide["experts.w_down_eDF"],
+        probs_TE.gather(1, ids_TK),
+        permute_index(ids_TK.flatten(), E),
+        activation=activation,
+        biases=(wide["experts.b_gate_up_eG"], wide["experts.b_down_eD"]),
+    )
+    y_SBD = layer(x_SBD).y
+    assert_close("y", y_SBD.flatten(0, 1), expected_TD)
+    cotangent = torch.randn(y_SBD.shape)
+    actual = gradients(y_SBD, cotangent, x=x_SBD, **parameters)
+    for name, grad in gradients(expected_TD, cotangent.flatten(0, 1).double(), x=x_TD, **wide).items():
+        assert_close(f"{name}.grad", actual[name].view(grad.shape), grad)
+
+
+def global_losses_on_rank(shards: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    layer = make_layer(aux_loss="global", aux_loss_coeff=0.3)
+    layer.balance_group = dist.group.WORLD
+    loss = layer(shards[dist.get_rank()]).losses.balance
+    (grad,) = torch.autograd.grad(loss, layer.router.weight_ED)
+    return loss.detach(), grad
+
+
+def test_the_global_balance_loss_is_the_mean_over_ranks_of_one_batch(start_ranks):
+    x_SBD = torch.randn(10, 4, D) + torch.linspace(-2, 2, 4)[:, None]
+    results = start_ranks(2).run(global_losses_on_rank, list(x_SBD.split(2, dim=1)))
+    whole = make_layer(aux_loss="batch", aux_loss_coeff=0.3)
+    loss = whole(x_SBD).losses.balance
+    (grad,) = torch.autograd.grad(loss, whole.router.weight_ED)
+    for name, index, expected in (("loss", 0, loss), ("grad", 1, grad)):
+        assert_close(name, torch.stack([result[index] for result in results]).mean(dim=0), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation": "relu"}, "activation='relu' is unknown; allowed: swiglu, geglu, clamped_swiglu"),
+        ({"precision": "int4"}, "precision='int4' is unknown; allowed: wide, fp8, fp8_power_of_two, mxfp8"),
+        ({"score": "tanh", "backend": "cuda"}, "score='tanh' .*; backend='cuda' is unknown; allowed: auto"),
+        ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
+        ({"top_k": 7}, "top_k=7 is more than num_experts=6"),
+        ({"num_groups": 4}, "num_groups=4 does not divide num_experts=6"),
+        ({"num_groups": 3, "top_groups": 4}, "top_groups=4 must be between 1 and num_groups=3"),
+        ({"jitter": 1.0}, r"jitter=1.0 must be in \[0, 1\)"),
+        ({"capacity_factor": -1.0}, "capacity_factor=-1.0 must be 0 or more"),
+        ({"score": "sigmoid", "score_before_topk": False}, "needs score_before_topk=True"),
+    ],
+)
+def test_every_problem_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        replace(PLAIN, **settings)
