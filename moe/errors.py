@@ -1,6 +1,7 @@
 """Typed errors. Each carries the process exit code that the command line documents.
 
-Exit codes: 0 done, 1 anything else, 2 bad input or config, 3 corrupt data or checkpoint, 4 a rank was lost.
+Exit codes: 0 done, 1 anything else, 2 bad input or config, 3 corrupt data or checkpoint, 4 a rank was lost,
+5 stopped on request after a checkpoint, to be started again.
 """
 
 from __future__ import annotations
@@ -39,3 +40,10 @@ class RankLostError(MoeError):
     """A rank of the job died or became unreachable; the text names the rank."""
 
     exit_code = 4
+
+
+class RunStoppedError(MoeError):
+    """The system asked the run to stop, which it did after writing a checkpoint; started again, it goes on."""
+
+    exit_code = 5
+    on_all_ranks = True

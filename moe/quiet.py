@@ -14,6 +14,7 @@ def quiet_third_party() -> None:
     # Transformer Engine and Apex are optional and absent, and fusions are off on purpose.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # repeats the configs that it reads
     # Names of torch that Megatron and its optimizer still use.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\..*")

@@ -9,17 +9,19 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from moe.config.rules import violations
+from moe.config.rules import Rule, violations
 from moe.config.schema import RunConfig
 from moe.config.tree import FLOAT_TAG, FLOAT_WITHOUT_POINT, ConfigTree
 from moe.errors import InputError
 
 _LONGEST_SHOWN_VALUE = 60  # characters
+
+Loaded = TypeVar("Loaded", bound=RunConfig)
 
 
 class ConfigError(InputError):
@@ -52,10 +54,22 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, world_size: int | 
         ConfigError: Something in it is wrong; the text names every problem.
         InputError: The file cannot be read or is not YAML.
     """
+    return load_as(RunConfig, path, overrides, world_size=world_size)
+
+
+def load_as(
+    schema: type[Loaded],
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = 1,
+    rules: Sequence[Rule] | None = None,
+) -> Loaded:
+    """Like load_config, for a schema that adds sections to a run's, or with other rules than all."""
     tree = ConfigTree(path)
     for override in overrides:
         tree.override(override)
-    config, problems = _validate(tree, world_size)
+    config, problems = _validate(tree, schema, world_size, rules)
     problems = [*tree.problems, *problems]
     if problems or config is None:
         raise ConfigError(problems)
@@ -68,30 +82,32 @@ def dump_config(config: RunConfig) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _validate(tree: ConfigTree, world_size: int | None) -> tuple[RunConfig | None, list[str]]:
+def _validate(
+    tree: ConfigTree, schema: type[Loaded], world_size: int | None, rules: Sequence[Rule] | None
+) -> tuple[Loaded | None, list[str]]:
     """The config, or None and what is wrong with single keys and with keys that rules join."""
     config, problems, bad_keys = None, [], []
     try:
         # JSON mode is strict ("16" is no integer) and still turns text into paths and lists into tuples.
-        config = RunConfig.model_validate_json(json.dumps(tree.values), strict=True)
+        config = schema.model_validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"])
             bad_keys.append(key)
-            problems.append(f"{tree.nearest_place(key)}: {_describe(key, item)}")
+            problems.append(f"{tree.nearest_place(key)}: {_describe(key, item, schema)}")
     # Rules that read only sound keys speak at once, so that one attempt shows everything.
     unread = "" in bad_keys  # the whole is at fault, so no key is known to be sound
-    leaves = {} if unread else dict(_sound_leaves(tree.values, bad_keys))
-    for violation in violations(leaves, world_size):
+    leaves = {} if unread else dict(_sound_leaves(tree.values, bad_keys, schema))
+    for violation in violations(leaves, world_size, rules):
         written = next((key for key in violation.keys if tree.place(key)), "")
         problems.append(f"{tree.nearest_place(written)}: {violation.message}")
     return config, problems
 
 
-def _describe(key: str, item: Mapping[str, Any]) -> str:
+def _describe(key: str, item: Mapping[str, Any], schema: type[RunConfig]) -> str:
     """One problem that pydantic found, in our words where those help more."""
     if item["type"] == "extra_forbidden":
-        return f"unknown key {key}{_suggest(item['loc'])}"
+        return f"unknown key {key}{_suggest(item['loc'], schema)}"
     if item["type"] == "missing":
         return f"{key} is missing; add it"
     if item["type"] == "model_type":
@@ -106,13 +122,13 @@ def _shown(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN_VALUE else f"{text[:_LONGEST_SHOWN_VALUE]}..."
 
 
-def _suggest(loc: Sequence[str | int]) -> str:
+def _suggest(loc: Sequence[str | int], schema: type[RunConfig]) -> str:
     """The nearest valid key: the same name elsewhere, one alike in the section, or one alike anywhere."""
     *parents, leaf = (str(part) for part in loc if isinstance(part, str))  # an item of a list has no name
     if "." in leaf:
         return "; in a file, sections are nested, dots are for overrides"
     section = ".".join(parents)
-    every = list(_known_keys(RunConfig))
+    every = list(_known_keys(schema))
     siblings = [key for key in every if key.rpartition(".")[0] == section]
     same = [key for key in every if _name(key) == leaf]
     near = same or _alike(leaf, siblings, least=0.5) or _alike(leaf, every, least=0.6)
@@ -148,7 +164,7 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _sound_leaves(
-    tree: Mapping[str, Any], bad_keys: Sequence[str], model: type[BaseModel] = RunConfig, prefix: str = ""
+    tree: Mapping[str, Any], bad_keys: Sequence[str], model: type[BaseModel], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every leaf that is valid, defaults filled in; a list is one leaf."""
     for name, field in model.model_fields.items():

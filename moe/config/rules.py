@@ -6,7 +6,7 @@ A rule returns None, or one sentence that names the values and the remedy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,16 +30,19 @@ class Violation:
     message: str
 
 
-def violations(values: Mapping[str, Any], world_size: int | None) -> list[Violation]:
+def violations(
+    values: Mapping[str, Any], world_size: int | None, rules: Sequence[Rule] | None = None
+) -> list[Violation]:
     """Every broken rule among those whose keys are all present.
 
     Args:
         values: Leaf values by dotted key; a key whose value is invalid is left out.
         world_size: Number of ranks the run will have; None leaves out the rules about it.
+        rules: None is all of RULES.
     """
     known = dict(values) if world_size is None else {**values, "world_size": world_size}
     found = []
-    for rule in RULES:
+    for rule in RULES if rules is None else rules:
         if all(key in known for key in rule.keys):
             message = rule.check(*(known[key] for key in rule.keys))
             if message is not None:
@@ -47,9 +50,9 @@ def violations(values: Mapping[str, Any], world_size: int | None) -> list[Violat
     return found
 
 
-def _divisors(n: int) -> str:
+def _divisors(n: int, *, up_to: int = _LARGEST_LISTED_DIVISOR) -> str:
     """The divisors of n that a layout may use, in words."""
-    return ", ".join(str(d) for d in range(1, min(n, _LARGEST_LISTED_DIVISOR) + 1) if n % d == 0)
+    return ", ".join(str(d) for d in range(1, min(n, up_to, _LARGEST_LISTED_DIVISOR) + 1) if n % d == 0)
 
 
 def _divides(small_key: str, big_key: str) -> Rule:
@@ -127,6 +130,47 @@ def _tp_groups(tp: int, groups: int, kind: str) -> str | None:
     )
 
 
+def _rotary_dim(rotary: int, head_dim: int, kind: str) -> str | None:
+    if kind == "mla" or rotary <= head_dim:
+        return None
+    return (
+        f"model.attention.rotary_dim={rotary} is more than model.attention.head_dim={head_dim}; "
+        f"use at most {head_dim}, or 0 for all of it"
+    )
+
+
+def _yarn_betas(fast: float, slow: float) -> str | None:
+    if slow < fast:
+        return None
+    return (
+        f"model.attention.yarn.beta_slow={slow:g} is not below model.attention.yarn.beta_fast={fast:g}; "
+        "a fast pair turns oftener than a slow one"
+    )
+
+
+def _window_pattern(every: int, window: int) -> str | None:
+    if every == 0 or window > 0:
+        return None
+    return (
+        f"model.attention.full_attention_every={every} says which layers have no window, "
+        "but model.attention.sliding_window=0 gives none; set the window, or leave the pattern out"
+    )
+
+
+def _only_gqa(key: str, off: object) -> Rule:
+    """A key that latent attention does not read must be left at its default there."""
+
+    def check(value: object, kind: str) -> str | None:
+        if kind == "gqa" or value == off:
+            return None
+        return (
+            f"{key}={str(value).lower()} has no meaning with model.attention.kind={kind}; "
+            "leave it out, or use model.attention.kind=gqa"
+        )
+
+    return Rule((key, "model.attention.kind"), check)
+
+
 def _top_k(top_k: int, experts: int) -> str | None:
     if top_k <= experts:
         return None
@@ -139,6 +183,36 @@ def _dense_layers(dense: int, layers: int) -> str | None:
     return (
         f"model.num_dense_layers={dense} leaves no expert layer among model.num_layers={layers}; "
         f"allowed: 0 to {layers - 1}"
+    )
+
+
+def _top_groups(top_groups: int, num_groups: int) -> str | None:
+    if top_groups <= num_groups:
+        return None
+    return (
+        f"model.router.top_groups={top_groups} is more than model.router.num_groups={num_groups}; "
+        f"allowed: 1 to {num_groups}"
+    )
+
+
+def _expert_groups(num_groups: int, experts: int) -> str | None:
+    if num_groups == 1 or (experts % num_groups == 0 and num_groups < experts):
+        return None
+    return (
+        f"model.router.num_groups={num_groups} does not divide model.num_experts={experts} into groups of "
+        f"two or more; allowed: {_divisors(experts, up_to=max(1, experts // 2))}"
+    )
+
+
+def _open_experts(top_k: int, top_groups: int, num_groups: int, experts: int) -> str | None:
+    size, rest = divmod(experts, num_groups)
+    if rest or size < 2 or top_k > experts:  # findings of other rules
+        return None
+    if num_groups == 1 or top_k <= top_groups * size:
+        return None
+    return (
+        f"model.top_k={top_k} is more than the {top_groups * size} experts of model.router.top_groups="
+        f"{top_groups} groups of {size}; use model.router.top_groups={-(-top_k // size)}"
     )
 
 
@@ -221,8 +295,26 @@ RULES: tuple[Rule, ...] = (
         _tp_groups,
     ),
     Rule(("model.attention.num_query_groups", "model.attention.num_heads"), _query_groups),
+    Rule(
+        ("model.attention.rotary_dim", "model.attention.head_dim", "model.attention.kind"),
+        _rotary_dim,
+    ),
+    Rule(("model.attention.yarn.beta_fast", "model.attention.yarn.beta_slow"), _yarn_betas),
+    Rule(("model.attention.full_attention_every", "model.attention.sliding_window"), _window_pattern),
+    _only_gqa("model.attention.rotary_dim", 0),
+    _only_gqa("model.attention.qk_norm", "none"),
+    _only_gqa("model.attention.qkv_bias", off=False),
+    _only_gqa("model.attention.output_bias", off=False),
+    _only_gqa("model.attention.sinks", off=False),
+    _only_gqa("model.attention.sliding_window", 0),
     Rule(("model.top_k", "model.num_experts"), _top_k),
     Rule(("model.num_dense_layers", "model.num_layers"), _dense_layers),
+    Rule(("model.router.top_groups", "model.router.num_groups"), _top_groups),
+    Rule(("model.router.num_groups", "model.num_experts"), _expert_groups),
+    Rule(
+        ("model.top_k", "model.router.top_groups", "model.router.num_groups", "model.num_experts"),
+        _open_experts,
+    ),
     Rule(("model.router.score", "model.router.score_before_topk"), _order),
     _per_step("train.global_batch_size"),
     _per_step("train.eval_sequences"),

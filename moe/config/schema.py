@@ -37,6 +37,18 @@ class RunSection(Section):
     deterministic: bool = False  # torch.use_deterministic_algorithms; costs speed on a GPU
 
 
+class YarnSection(Section):
+    """Rotary embeddings stretched to longer contexts (YaRN, arXiv 2309.00071)."""
+
+    factor: Annotated[float, Field(ge=1)] = 1.0  # new length over the original; 1 is off
+    original_length: Count = 4096  # positions that the model had seen before the stretch
+    beta_fast: Positive = 32.0  # pairs that turn oftener over the original length stay; the paper's
+    beta_slow: Positive = 1.0  # pairs that turn less are slowed by the whole factor
+    truncate: bool = True  # round the ends of the ramp between the two to whole pairs; gpt-oss does not
+    rotation_scale: Positive = 1.0  # multiplies cos and sin; the paper: 0.1 ln(factor) + 1
+    softmax_scale: Positive = 1.0  # multiplies the logits; DeepSeek-V3: (0.1 ln(factor) + 1)^2
+
+
 class AttentionSection(Section):
     """Grouped-query attention (arXiv 2305.13245) or multi-head latent attention (arXiv 2405.04434)."""
 
@@ -45,6 +57,15 @@ class AttentionSection(Section):
     num_query_groups: CountOrZero = 0  # gqa: 0 means num_heads (multi-head attention)
     head_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 128  # gqa; even because RoPE rotates pairs
     rope_base: Positive = 10_000.0  # RoFormer, arXiv 2104.09864
+    rotary_dim: Annotated[int, Field(ge=0, multiple_of=2)] = 0  # gqa: leading part that turns; 0: head_dim
+    yarn: YarnSection = YarnSection()
+    # gqa: RMSNorm of queries and keys, in each head (Qwen3, arXiv 2505.09388) or over all heads (OLMoE)
+    qk_norm: Literal["none", "head", "full"] = "none"
+    qkv_bias: bool = False  # gqa
+    output_bias: bool = False  # gqa
+    sinks: bool = False  # gqa: a learned logit for each head that takes attention from all keys (gpt-oss)
+    sliding_window: CountOrZero = 0  # gqa: positions seen, the own included; 0: all before
+    full_attention_every: CountOrZero = 0  # with a window, each n-th layer has none; 0: every layer has it
     q_lora_rank: CountOrZero = 0  # mla: 0 projects queries directly
     kv_lora_rank: Count = 512  # mla sizes: DeepSeek-V3, arXiv 2412.19437
     qk_nope_head_dim: Count = 128
@@ -64,7 +85,16 @@ class RouterSection(Section):
     score_before_topk: bool = True  # False: softmax over the chosen logits only (Mixtral, gpt-oss)
     renormalize: bool = False  # divide the chosen weights by their sum
     scale: Positive = 1.0  # multiplies the weights (routed_scaling_factor of DeepSeek-V3)
-    aux_loss: Literal["none", "sequence", "batch"] = "sequence"  # scope of the load-balancing loss
+    num_groups: Count = 1  # equal groups of neighbouring experts; DeepSeek-V3, arXiv 2412.19437, has 8
+    top_groups: Count = 1  # groups that a token's experts may come from; DeepSeek-V3: 4
+    # In training, drop pairs that leave an expert's last tile of rows mostly empty (after arXiv 2512.14080).
+    rounding: Literal["none", "down", "nearest"] = "none"
+    tile_rows: Count = 128  # of such a tile; the larger one of the grouped GEMM
+    logit_bias: bool = False  # the gate has a trained bias (gpt-oss)
+    jitter: Fraction = 0.0  # in training the gate's input is multiplied by 1 +- this (Switch, arXiv 2101.03961)
+    capacity_factor: NonNegative = 0.0  # an expert keeps at most this times its fair share; 0 drops nothing
+    # Scope of the load-balancing loss; global: over all data-parallel ranks (arXiv 2501.11873).
+    aux_loss: Literal["none", "sequence", "batch", "global"] = "sequence"
     aux_loss_coeff: NonNegative = 0.0001  # DeepSeek-V3's complement to bias balancing
     z_loss_coeff: NonNegative = 0.0  # ST-MoE, arXiv 2202.08906, uses 1e-3
     bias_update_rate: NonNegative = 0.0  # aux-loss-free balancing, arXiv 2408.15664, uses 1e-3; 0 is off
@@ -81,9 +111,15 @@ class ModelSection(Section):
     num_experts: Count
     top_k: Count
     expert_hidden_size: Count
+    expert_activation: Literal["swiglu", "geglu", "clamped_swiglu"] = "swiglu"  # clamped: gpt-oss's
+    expert_bias: bool = False  # routed experts have biases (gpt-oss)
+    # Operands of the experts' products: wide is train.precision, others are quantised (kernels/quantize).
+    expert_precision: Literal["wide", "fp8", "fp8_power_of_two", "mxfp8"] = "wide"
     shared_expert_hidden_size: CountOrZero = 0  # 0: no shared expert
     attention: AttentionSection
     router: RouterSection = RouterSection()
+    mtp_layers: CountOrZero = 0  # modules that predict further tokens in training (DeepSeek-V3, section 2.2)
+    mtp_loss_coeff: NonNegative = 0.1  # of their mean loss; DeepSeek-V3: 0.3, then 0.1
     norm_eps: Positive = 1e-5
     init_std: Positive = 0.02  # GPT-2's; output projections are divided by sqrt(2 * num_layers)
     tie_embeddings: bool = False
@@ -130,6 +166,7 @@ class TrainSection(Section):
     log_interval: Count = 1
     eval_interval: CountOrZero = 0  # 0: only at the end
     eval_sequences: Count = 64
+    init_from: Path | None = None  # a checkpoint whose weights a new run starts from (moe convert import)
 
 
 class ParallelSection(Section):

@@ -46,6 +46,7 @@ class StepResult:
     z_loss: float
     grad_norm: float
     counts_LE: Tensor  # int64, CPU: tokens that chose each expert, one row an expert layer
+    mtp_loss: float = 0.0  # nats per token, mean over the predictions of further tokens; without coefficient
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,10 @@ class Engine(Protocol):
 
     def load_shards(self, directory: Path, step: int) -> None:
         """Read what save_shards wrote, in whatever layout; `step` is the steps already taken."""
+        ...
+
+    def load_weights(self, directory: Path) -> None:
+        """Read weights and expert biases, in whatever layout and precision; moments stay as they are."""
         ...
 
     def rng_state(self) -> dict[str, Tensor]:

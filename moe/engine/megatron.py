@@ -26,14 +26,15 @@ from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
     ParamKey,
+    ParamWithNamePredicate,
     get_megatron_optimizer,
-    get_standard_config_overrides,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
@@ -43,7 +44,7 @@ from moe.engine.base import Batch, EvalResult, Layout, StepResult, TrainingDiver
 from moe.engine.without_cuda import without_cuda
 from moe.errors import InputError
 from moe.layer import updated_bias
-from moe.model.build import DTYPES, build_model, sharded_state
+from moe.model.build import DTYPES, build_model, load_weights, sharded_state
 from moe.model.init import global_sizes
 from moe.model.moe_adapter import MoEAdapter
 
@@ -105,9 +106,13 @@ class MegatronEngine:
     def _build(self, config: RunConfig) -> None:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         self.model = build_model(config, groups, num_microbatches=self.num_microbatches).to(self.torch_device)
+        # By index, from 0; those of multi-token prediction follow the last layer.
+        ahead = (
+            [module.transformer_layer for module in self.model.mtp.layers] if self.model.mtp_process else []
+        )
         self.moe_layers = {
             layer.layer_number - 1: layer.mlp
-            for layer in self.model.decoder.layers
+            for layer in [*self.model.decoder.layers, *ahead]
             if isinstance(layer.mlp, MoEAdapter)
         }
         self.params_total = self._count_parameters()
@@ -141,8 +146,9 @@ class MegatronEngine:
         for adapter in self.moe_layers.values():
             adapter.tokens_per_expert_E.zero_()
             adapter.losses_2.zero_()
+        MTPLossLoggingHelper.tracker.clear()  # a global of Megatron, which sums over micro-batches
         stored = self._run_schedule(batches, self.num_microbatches, forward_only=False)
-        loss, balance, z = self._reduce_losses(stored)
+        loss, mtp_loss, balance, z = self._reduce_losses(stored)
         if not math.isfinite(loss):
             raise TrainingDivergedError(
                 f"loss is {loss}; no update was made. Lower optim.lr or resume from a checkpoint"
@@ -157,7 +163,7 @@ class MegatronEngine:
                 "Lower optim.lr and resume from a checkpoint"
             )
         counts_LE = self._reduce_counts()
-        return StepResult(loss, balance, z, float(grad_norm or 0.0), counts_LE)
+        return StepResult(loss, balance, z, float(grad_norm or 0.0), counts_LE, mtp_loss)
 
     def _run_schedule(
         self, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool
@@ -176,26 +182,41 @@ class MegatronEngine:
 
     def _forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = {name: tensor.to(self.torch_device) for name, tensor in next(batches).items()}
-        output = model(batch["tokens_BS"], batch["position_ids_BS"], None, labels=batch["labels_BS"])
+        output = model(
+            batch["tokens_BS"],
+            batch["position_ids_BS"],
+            None,
+            labels=batch["labels_BS"],
+            loss_mask=batch["loss_mask_BS"],
+        )
         return output, partial(_token_loss, batch["loss_mask_BS"], batch["labels_BS"])
 
-    def _reduce_losses(self, stored: list[dict[str, Tensor]]) -> tuple[float, float, float]:
-        """Means over the global batch, on every rank: the loss lives on the last stage, the others on all."""
+    def _reduce_losses(self, stored: list[dict[str, Tensor]]) -> tuple[float, float, float, float]:
+        """Means over the global batch, on every rank: losses of tokens live on the last stage, others on all.
+
+        Returns:
+            Loss of the next token, of further ones, of balance, z.
+        """
         tp, dp = self.layout.tp, self.layout.dp * self.layout.cp
-        sums_3 = torch.zeros(3, dtype=torch.float64, device=self.torch_device)
+        sums_4 = torch.zeros(4, dtype=torch.float64, device=self.torch_device)
         for microbatch in stored:
-            sums_3[0] += microbatch["loss"] / (len(stored) * tp * dp)
+            sums_4[0] += microbatch["loss"] / (len(stored) * tp * dp)
+        if "values" in MTPLossLoggingHelper.tracker:
+            sums_4[1] += MTPLossLoggingHelper.tracker["values"].mean() / (self.num_microbatches * tp * dp)
         for adapter in self.moe_layers.values():
-            sums_3[1:] += adapter.losses_2 / dp
-        dist.all_reduce(sums_3)
-        loss, balance, z = sums_3.tolist()
-        return loss, balance, z
+            sums_4[2:] += adapter.losses_2 / dp
+        dist.all_reduce(sums_4)
+        loss, mtp_loss, balance, z = sums_4.tolist()
+        return loss, mtp_loss, balance, z
 
     def _reduce_counts(self) -> Tensor:
         """Expert loads over the global batch; moves the expert biases by them."""
         model = self.config.model
         counts_LE = torch.zeros(
-            model.num_layers, model.num_experts, dtype=torch.int64, device=self.torch_device
+            model.num_layers + model.mtp_layers,
+            model.num_experts,
+            dtype=torch.int64,
+            device=self.torch_device,
         )
         for index, adapter in self.moe_layers.items():
             counts_LE[index] = adapter.tokens_per_expert_E
@@ -206,7 +227,7 @@ class MegatronEngine:
             for index, adapter in self.moe_layers.items():
                 bias_E = adapter.layer.router.bias_E
                 bias_E.copy_(updated_bias(bias_E, counts_LE[index], rate))
-        return counts_LE[model.num_dense_layers :].cpu()
+        return counts_LE[model.num_dense_layers : model.num_layers].cpu()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], num_batches: int, token_bytes_V: Tensor) -> EvalResult:
@@ -265,6 +286,11 @@ class MegatronEngine:
                 for group in optimizer.optimizer.param_groups:
                     group["step"] = step
 
+    def load_weights(self, directory: Path) -> None:
+        """See Engine."""
+        load_weights(self.model, directory)
+        self.optimizer.reload_model_params()
+
     def rng_state(self) -> dict[str, Tensor]:
         """See Engine."""
         states = {"torch": torch.get_rng_state()}
@@ -305,13 +331,20 @@ def _build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Megatro
         params_dtype=DTYPES[config.train.precision],
         use_distributed_optimizer=True,
     )
-    # Vectors (norms) do not decay. The router's fp32 weights are a group of their own: in a group with bf16
-    # parameters, megatron-core 0.16.1 confuses the order of the two kinds when it saves.
+    # The router's fp32 weights are a group of their own: in a group with bf16 parameters, megatron-core
+    # 0.16.1 confuses the order of the two kinds when it saves.
     overrides = {
-        **get_standard_config_overrides(settings),
-        ParamKey(name="*.router.weight_ED"): ParamGroupOverride(wd_mult=1.0),
+        ParamKey(with_name_predicate=ParamWithNamePredicate("norms and biases", _does_not_decay)): (
+            ParamGroupOverride(wd_mult=0.0)
+        ),
+        ParamKey(name="*.router.*"): ParamGroupOverride(wd_mult=1.0),
     }
     return get_megatron_optimizer(settings, [ddp], overrides, use_gloo_process_groups=False)
+
+
+def _does_not_decay(parameter: Tensor, name: str) -> bool:
+    is_bias = name.endswith((".bias", ".b_gate_up_eG", ".b_down_eD"))
+    return (is_bias or parameter.dim() == 1) and ".router." not in name
 
 
 def _create_moments(optimizer: DistributedOptimizer) -> list[dict[str, Tensor]]:

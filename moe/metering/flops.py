@@ -1,6 +1,6 @@
 """Parameters and FLOPs of a transformer in closed form, from its sizes alone.
 
-The model: pre-norm decoder blocks with RMSNorm, SwiGLU feed-forwards, no biases; dense layers first, then
+The model: pre-norm decoder blocks with RMSNorm, SwiGLU feed-forwards; dense layers first, then
 Mixture-of-Experts layers; an output head that may share the embedding.
 
 The published totals of DeepSeek-V3 and Kimi-K2 also count the routers' bias vectors of aux-loss-free
@@ -19,22 +19,38 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class GqaShape:
-    """Grouped-query attention (arXiv 2305.13245); qk_norm adds an RMSNorm of queries and one of keys."""
+    """Grouped-query attention (arXiv 2305.13245).
+
+    Attributes:
+        num_heads: Query heads.
+        num_query_groups: Key/value heads.
+        head_dim: Of all heads.
+        qk_norm: `none`, or an RMSNorm of queries and one of keys: in each `head`, or over all heads (`full`).
+        qkv_bias: The projections to heads have one.
+        output_bias: The projection back has one.
+        sinks: A learned logit for each query head.
+    """
 
     num_heads: int
     num_query_groups: int
     head_dim: int
-    qk_norm: bool = False
+    qk_norm: str = "none"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    sinks: bool = False
 
     def matmul_params(self, hidden_size: int) -> int:
         """Return the projection weights of one layer."""
         heads_q_k_v_o = 2 * self.num_heads + 2 * self.num_query_groups
         return hidden_size * heads_q_k_v_o * self.head_dim
 
-    @property
-    def norm_params(self) -> int:
-        """Norm weights of one layer, inside the attention."""
-        return 2 * self.head_dim if self.qk_norm else 0
+    def vector_params(self, hidden_size: int) -> int:
+        """Return the norm weights, biases and sinks of one layer, inside the attention."""
+        queries_and_keys = (self.num_heads + self.num_query_groups) * self.head_dim
+        norms = {"none": 0, "head": 2 * self.head_dim, "full": queries_and_keys}[self.qk_norm]
+        qkv_bias = queries_and_keys + self.num_query_groups * self.head_dim if self.qkv_bias else 0
+        sinks = self.num_heads if self.sinks else 0
+        return norms + qkv_bias + sinks + (hidden_size if self.output_bias else 0)
 
     @property
     def heads_times_dims(self) -> int:
@@ -63,9 +79,8 @@ class MlaShape:
         out = self.num_heads * self.v_head_dim * hidden_size
         return q_down + q_up + kv_down + kv_up + out
 
-    @property
-    def norm_params(self) -> int:
-        """Norm weights of one layer, inside the attention: one norm of each latent."""
+    def vector_params(self, hidden_size: int) -> int:
+        """Return the norm weights of one layer, inside the attention: one norm of each latent."""
         return self.q_lora_rank + self.kv_lora_rank
 
     @property
@@ -90,6 +105,9 @@ class ModelShape:
         expert_hidden_size: Inner width of one routed expert.
         shared_expert_hidden_size: Inner width of the shared expert; 0 without one.
         attention: Attention of every layer.
+        mtp_layers: Modules of multi-token prediction, each with a layer of experts.
+        expert_bias: Both products of a routed expert have one.
+        logit_bias: The routers have one.
     """
 
     num_layers: int
@@ -103,11 +121,19 @@ class ModelShape:
     expert_hidden_size: int
     shared_expert_hidden_size: int
     attention: GqaShape | MlaShape
+    mtp_layers: int = 0
+    expert_bias: bool = False
+    logit_bias: bool = False
+
+    @property
+    def num_blocks(self) -> int:
+        """All layers, those of multi-token prediction included."""
+        return self.num_layers + self.mtp_layers
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers with experts."""
-        return self.num_layers - self.num_dense_layers
+        """Layers with experts, those of multi-token prediction included."""
+        return self.num_blocks - self.num_dense_layers
 
 
 def params_total(shape: ModelShape) -> int:
@@ -117,6 +143,7 @@ def params_total(shape: ModelShape) -> int:
         _embedding(shape)
         + output_head
         + _matmul_in_layers(shape, experts_per_token=shape.num_experts)
+        + shape.num_moe_layers * shape.num_experts * _expert_biases(shape)
         + _routers(shape)
         + _norms(shape)
     )
@@ -125,7 +152,8 @@ def params_total(shape: ModelShape) -> int:
 def params_active(shape: ModelShape) -> int:
     """Return the parameters that one token uses, with the whole input embedding and output head."""
     idle_experts = shape.num_moe_layers * (shape.num_experts - shape.top_k)
-    return params_total(shape) - idle_experts * _swiglu(shape.hidden_size, shape.expert_hidden_size)
+    expert = _swiglu(shape.hidden_size, shape.expert_hidden_size) + _expert_biases(shape)
+    return params_total(shape) - idle_experts * expert
 
 
 def params_active_no_embedding(shape: ModelShape) -> int:
@@ -143,9 +171,10 @@ def flops_per_token(shape: ModelShape, seq_length: int) -> int:
         shape: The model.
         seq_length: Tokens of a sequence, for the attention.
     """
-    matmul_params = _matmul_in_layers(shape, experts_per_token=shape.top_k) + _embedding(shape)
+    output_heads = (1 + shape.mtp_layers) * _embedding(shape)  # each prediction passes the shared one
+    matmul_params = _matmul_in_layers(shape, experts_per_token=shape.top_k) + output_heads
     # 6 x (s / 2) = 3 x s: causal attention looks at half of the sequence on average.
-    attention = 3 * seq_length * shape.num_layers * shape.attention.heads_times_dims
+    attention = 3 * seq_length * shape.num_blocks * shape.attention.heads_times_dims
     return 6 * matmul_params + attention
 
 
@@ -161,9 +190,10 @@ def _matmul_in_layers(shape: ModelShape, *, experts_per_token: int) -> int:
     experts = experts_per_token * _swiglu(shape.hidden_size, shape.expert_hidden_size)
     shared_expert = _swiglu(shape.hidden_size, shape.shared_expert_hidden_size)
     return (
-        shape.num_layers * attention
+        shape.num_blocks * attention
         + shape.num_dense_layers * dense
         + shape.num_moe_layers * (experts + shared_expert)
+        + shape.mtp_layers * 2 * shape.hidden_size**2  # hidden state and embedding to one
     )
 
 
@@ -171,13 +201,20 @@ def _embedding(shape: ModelShape) -> int:
     return shape.vocab_size * shape.hidden_size
 
 
+def _expert_biases(shape: ModelShape) -> int:
+    """Of one expert: gate, up, down."""
+    return 2 * shape.expert_hidden_size + shape.hidden_size if shape.expert_bias else 0
+
+
 def _routers(shape: ModelShape) -> int:
-    return shape.num_moe_layers * shape.num_experts * shape.hidden_size
+    return shape.num_moe_layers * shape.num_experts * (shape.hidden_size + shape.logit_bias)
 
 
 def _norms(shape: ModelShape) -> int:
-    per_layer = 2 * shape.hidden_size + shape.attention.norm_params
-    return shape.num_layers * per_layer + shape.hidden_size
+    """And the other vectors."""
+    per_layer = 2 * shape.hidden_size + shape.attention.vector_params(shape.hidden_size)
+    final = (1 + 3 * shape.mtp_layers) * shape.hidden_size  # of each prediction: hidden, embedding, output
+    return shape.num_blocks * per_layer + final
 
 
 def _swiglu(hidden_size: int, ffn_hidden_size: int) -> int:

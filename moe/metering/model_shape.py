@@ -15,6 +15,10 @@ def model_shape(model: ModelSection) -> ModelShape:
             num_heads=attention.num_heads,
             num_query_groups=attention.query_groups,
             head_dim=attention.head_dim,
+            qk_norm=attention.qk_norm,
+            qkv_bias=attention.qkv_bias,
+            output_bias=attention.output_bias,
+            sinks=attention.sinks,
         )
     else:
         kind = MlaShape(
@@ -37,4 +41,7 @@ def model_shape(model: ModelSection) -> ModelShape:
         expert_hidden_size=model.expert_hidden_size,
         shared_expert_hidden_size=model.shared_expert_hidden_size,
         attention=kind,
+        mtp_layers=model.mtp_layers,
+        expert_bias=model.expert_bias,
+        logit_bias=model.router.logit_bias,
     )

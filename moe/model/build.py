@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -16,7 +18,7 @@ from moe.config.schema import RunConfig
 from moe.model.init import init_weights, mark_tensor_parallel
 from moe.model.moe_adapter import MoEGroups
 from moe.model.norm import RMSNorm
-from moe.model.spec import layer_spec
+from moe.model.spec import layer_spec, mtp_spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,6 +50,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         "moe_router_topk": model.top_k,
         "moe_ffn_hidden_size": model.expert_hidden_size,
         "moe_layer_freq": [int(i >= model.num_dense_layers) for i in range(model.num_layers)],
+        "mtp_num_layers": model.mtp_layers or None,
+        "mtp_loss_scaling_factor": model.mtp_loss_coeff,
         "layernorm_epsilon": model.norm_eps,
         "normalization": "RMSNorm",
         "activation_func": F.silu,
@@ -76,7 +80,30 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
 
 
 def build_model(config: RunConfig, groups: ProcessGroupCollection, *, num_microbatches: int) -> GPTModel:
-    """This rank's stage, initialised, on the CPU.
+    """This rank's stage, initialised, on the CPU; arguments as of `assemble_model`."""
+    model = assemble_model(config, groups, num_microbatches=num_microbatches)
+    init_weights(
+        sharded_state(model),
+        seed=config.run.seed,
+        std=config.model.init_std,
+        num_layers=config.model.num_layers,
+    )
+    return model
+
+
+def load_weights(model: GPTModel, directory: Path) -> None:
+    """Fill a model from a checkpoint's shards, written in whatever layout and precision; collective.
+
+    Args:
+        model: any rank's stage; its router biases are filled, too.
+        directory: a folder that was verified.
+    """
+    loaded = dist_checkpointing.load({"model": sharded_state(model)}, str(directory))
+    model.load_state_dict(loaded["model"])
+
+
+def assemble_model(config: RunConfig, groups: ProcessGroupCollection, *, num_microbatches: int) -> GPTModel:
+    """This rank's stage with memory for its weights, on torch's default device (meta needs none).
 
     Args:
         config: the run's.
@@ -84,7 +111,8 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, *, num_microb
         num_microbatches: in a step; the router losses are divided by it.
     """
     megatron_config = transformer_config(config)
-    pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
+    pp_rank = groups.pp.rank()
+    is_last = pp_rank == groups.pp.size() - 1
     moe_params = {
         "model": config.model,
         "groups": MoEGroups(ep=groups.ep, tp=groups.tp, dp=groups.dp_cp, expert_dp=groups.expt_dp),
@@ -99,19 +127,12 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, *, num_microb
         TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.data.seq_length,
-        # Latent attention rotates by itself.
-        position_embedding_type="rope" if config.model.attention.kind == "gqa" else "none",
-        rotary_base=config.model.attention.rope_base,
+        position_embedding_type="none",  # our attentions rotate by themselves
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         pre_process=pp_rank == 0,
-        post_process=pp_rank == pp_size - 1,
+        post_process=is_last,
+        mtp_block_spec=mtp_spec(config.model, moe_params) if is_last and config.model.mtp_layers else None,
         pg_collection=groups,
     )
     mark_tensor_parallel(model)
-    init_weights(
-        sharded_state(model),
-        seed=config.run.seed,
-        std=config.model.init_std,
-        num_layers=config.model.num_layers,
-    )
     return model

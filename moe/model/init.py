@@ -42,9 +42,9 @@ def init_weights(sharded_state: Mapping[str, Any], *, seed: int, std: float, num
     """
     for shard in _shards(sharded_state):
         key = shard.key
-        if key.endswith("layernorm.weight"):
+        if key.endswith("norm.weight"):
             shard.data.fill_(1.0)
-        elif key.endswith(("bias", "bias_E")):
+        elif key.endswith(("bias", "bias_E", "b_E", "b_gate_up_eG", "b_down_eD")):
             shard.data.zero_()
         else:
             scale = 1.0 / math.sqrt(2 * num_layers) if key.endswith(OUTPUT_PROJECTIONS) else 1.0
@@ -66,13 +66,15 @@ def mark_tensor_parallel(model: nn.Module) -> None:
                 set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=split_dim, stride=1)
 
 
+def global_shapes(sharded_state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of each whole tensor that this rank holds a part of, by checkpoint key."""
+    return {shard.key: shard.global_shape for shard in _shards(sharded_state)}
+
+
 def global_sizes(sharded_state: Mapping[str, Any]) -> dict[str, int]:
     """Number of elements of each whole parameter that this rank holds a part of, by checkpoint key."""
-    sizes: dict[str, int] = {}
-    for shard in _shards(sharded_state):
-        if not shard.key.endswith("bias_E"):  # a buffer
-            sizes[shard.key] = math.prod(shard.global_shape)
-    return sizes
+    shapes = global_shapes(sharded_state)
+    return {key: math.prod(shape) for key, shape in shapes.items() if not key.endswith("bias_E")}  # a buffer
 
 
 def _shards(sharded_state: Mapping[str, Any]) -> Iterator[ShardedTensor]:

@@ -9,6 +9,7 @@ the parts of a query-key head without and with rotation, d = n + r, v value head
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from moe.config.schema import AttentionSection
 from moe.model.norm import ReplicatedLinear, RMSNorm
+from moe.model.rope import inverse_frequencies, rotate_pairs
 from moe.model.sdpa import causal_attention
 
 
@@ -29,6 +31,8 @@ class LatentAttention(MegatronModule):
 
     The compressions are small and whole on every rank; the projections to heads are split over tp.
     """
+
+    frequencies: Tensor
 
     def __init__(
         self,
@@ -48,6 +52,10 @@ class LatentAttention(MegatronModule):
             "bias": False,
             "tp_group": self.tp_group,
         }
+        self.logit_scale = attention.yarn.softmax_scale / math.sqrt(qk_head_dim)
+        self.register_buffer(
+            "frequencies", inverse_frequencies(attention, attention.qk_rope_head_dim), persistent=False
+        )
         self.linear_q_down: ReplicatedLinear | None = None
         if attention.q_lora_rank:
             self.linear_q_down = ReplicatedLinear(config, D, attention.q_lora_rank)
@@ -79,24 +87,12 @@ class LatentAttention(MegatronModule):
         if self.config.sequence_parallel:
             # All positions forward; backward the sum over the heads of all ranks.
             k_rope_sBr = gather_from_sequence_parallel_region(k_rope_sBr, group=self.tp_group)
-        k_rope_SBhr = rotate(k_rope_sBr.unsqueeze(2), self.sizes.rope_base).expand(*k_nope_SBhn.shape[:3], r)
+        k_rope_SBhr = self._rotate(k_rope_sBr.unsqueeze(2)).expand(*k_nope_SBhn.shape[:3], r)
         q_nope_SBhn, q_rope_SBhr = q_SBhd.split([n, r], dim=-1)
-        q_SBhd = torch.cat([q_nope_SBhn, rotate(q_rope_SBhr, self.sizes.rope_base)], dim=-1)
+        q_SBhd = torch.cat([q_nope_SBhn, self._rotate(q_rope_SBhr)], dim=-1)
         k_SBhd = torch.cat([k_nope_SBhn, k_rope_SBhr], dim=-1)
-        output, _ = self.linear_proj(causal_attention(q_SBhd, k_SBhd, v_SBhv))
+        output, _ = self.linear_proj(causal_attention(q_SBhd, k_SBhd, v_SBhv, scale=self.logit_scale))
         return output, None
 
-
-def rotate(x_SBHd: Tensor, base: float) -> Tensor:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864) of neighbouring pairs, angles in fp32.
-
-    Args:
-        x_SBHd: position s is the index of the first dimension; d is even.
-        base: the slowest pair turns by base**(-(d - 2) / d) a position.
-    """
-    S, d = x_SBHd.shape[0], x_SBHd.shape[-1]
-    exponent = torch.arange(0, d, 2, device=x_SBHd.device, dtype=torch.float32) / d
-    angle_Sd = torch.outer(torch.arange(S, device=x_SBHd.device, dtype=torch.float32), base**-exponent)
-    cos, sin = (t[:, None, None, :] for t in (angle_Sd.cos(), angle_Sd.sin()))
-    a, b = x_SBHd.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x_SBHd.dtype)
+    def _rotate(self, x_SBHr: Tensor) -> Tensor:
+        return rotate_pairs(x_SBHr, self.frequencies, scale=self.sizes.yarn.rotation_scale)

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from moe.config.schema import ModelSection
-from moe.layer import BalanceSettings, attach_loss, build_moe_layer
+from moe.layer import MoEConfig, MoELayer, attach_loss
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,40 @@ class SharedExpertMLP(nn.Module):
         return y_SBD
 
 
+def layer_config(model: ModelSection, kernels: str) -> MoEConfig:
+    """The layer that a run's config describes.
+
+    Args:
+        model: sizes and router settings; the shared expert is Megatron's, so the layer has none of its own.
+        kernels: backend of the kernels, `auto`, `torch` or `triton`.
+    """
+    router = model.router
+    return MoEConfig(
+        hidden_size=model.hidden_size,
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        expert_hidden_size=model.expert_hidden_size,
+        activation=model.expert_activation,
+        expert_bias=model.expert_bias,
+        precision=model.expert_precision,
+        score=router.score,
+        score_before_topk=router.score_before_topk,
+        renormalize=router.renormalize,
+        scale=router.scale,
+        num_groups=router.num_groups,
+        top_groups=router.top_groups,
+        logit_bias=router.logit_bias,
+        jitter=router.jitter,
+        capacity_factor=router.capacity_factor,
+        rounding=router.rounding,
+        tile_rows=router.tile_rows,
+        aux_loss=router.aux_loss,
+        aux_loss_coeff=router.aux_loss_coeff,
+        z_loss_coeff=router.z_loss_coeff,
+        backend=kernels,
+    )
+
+
 class MoEAdapter(MegatronModule):
     """Builds the layer from the config, attaches its losses, counts expert loads, shards its checkpoint."""
 
@@ -78,27 +112,19 @@ class MoEAdapter(MegatronModule):
             kernels: backend of the kernels, `auto`, `torch` or `triton`.
         """
         super().__init__(config)
-        router = model.router
         self.groups = groups
         self.num_microbatches = num_microbatches
         shared = None
         if model.shared_expert_hidden_size:
             shared = SharedExpertMLP(config, submodules, model.shared_expert_hidden_size, groups.tp)
-        self.layer = build_moe_layer(
-            model.hidden_size,
-            model.num_experts,
-            model.top_k,
-            model.expert_hidden_size,
+        self.layer = MoELayer(
+            layer_config(model, kernels),
             shared_expert=shared,
-            balance=BalanceSettings(router.aux_loss, router.aux_loss_coeff, router.z_loss_coeff),
             ep_group=groups.ep,
             sequence_group=groups.tp if config.sequence_parallel else None,
+            balance_group=groups.dp,
+            initialize=False,
             dtype=config.params_dtype,
-            score=router.score,
-            score_before_topk=router.score_before_topk,
-            renormalize=router.renormalize,
-            scale=router.scale,
-            backend=kernels,
         )
         self._mark_parameters()
         self.register_buffer(
@@ -112,8 +138,8 @@ class MoEAdapter(MegatronModule):
             # rank's copy is a tensor-parallel duplicate, so that the gradient norm counts every expert.
             weight.allreduce = False  # type: ignore[attr-defined]
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
-        weight_ED = self.layer.router.weight_ED
-        weight_ED.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+        for weight in self.layer.router.parameters():
+            weight.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_SBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """(output, no bias); the router losses ride on the output."""

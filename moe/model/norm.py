@@ -1,12 +1,19 @@
-"""Layers that each tensor-parallel rank applies whole to its own positions."""
+"""Norms and small layers under tensor and sequence parallelism."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 
@@ -39,3 +46,50 @@ class ReplicatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Project the last dimension."""
         return F.linear(x, self.weight)
+
+
+class HeadVector(nn.Module):
+    """A vector whose elements belong to heads and are split over tp with them."""
+
+    def __init__(self, config: TransformerConfig, size: int, tp_group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.tp_group = tp_group
+        self.weight = nn.Parameter(torch.ones(size // tp_group.size(), dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Split over tp, replicated over dp."""
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {"weight": self.weight},
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
+        return sharded
+
+
+class AllHeadsNorm(HeadVector):
+    """RMSNorm over all heads together, of which each tensor-parallel rank has some (OLMoE's query-key norm).
+
+    The mean square is summed over the ranks, and its gradient too.
+    """
+
+    def __init__(self, config: TransformerConfig, size: int, eps: float, tp_group: dist.ProcessGroup) -> None:
+        super().__init__(config, size, tp_group)
+        self.size, self.eps = size, eps
+
+    def forward(self, x_SBHd: Tensor) -> Tensor:
+        """Normalise the last two dimensions, heads and their elements."""
+        x_SBw = x_SBHd.flatten(2).float()
+        square = x_SBw.square().sum(dim=-1, keepdim=True)
+        square = reduce_from_tensor_model_parallel_region(square, group=self.tp_group)
+        square = copy_to_tensor_model_parallel_region(square, group=self.tp_group)
+        y_SBw = x_SBw * torch.rsqrt(square / self.size + self.eps) * self.weight
+        return y_SBw.to(x_SBHd.dtype).view_as(x_SBHd)

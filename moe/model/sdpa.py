@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def causal_attention(q_SBHd: Tensor, k_SBGd: Tensor, v_SBGv: Tensor, *, scale: float | None = None) -> Tensor:
+def causal_attention(
+    q_SBHd: Tensor,
+    k_SBGd: Tensor,
+    v_SBGv: Tensor,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     """Attention of every position to itself and those before it.
+
+    A window or sinks need a mask of S^2 logits a head, which costs torch's fastest kernels.
 
     Args:
         q_SBHd: S positions, B sequences, H heads of size d.
         k_SBGd: G heads, each shared by H / G queries.
         v_SBGv: heads of size v.
         scale: of the logits; None is 1 / sqrt(d).
+        window: positions seen, the own included; 0 is all.
+        sinks_H: a logit for each head beside those of the keys, whose share of the softmax is lost.
 
     Returns:
         [S, B, H * v].
     """
+    if sinks_H is not None:  # as the logit of one more key, whose value is nothing
+        k_SBGd, v_SBGv = (F.pad(t, (0, 0, 0, 0, 0, 0, 0, 1)) for t in (k_SBGd, v_SBGv))
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBHd, k_SBGd, v_SBGv))
+    plain = window == 0 and sinks_H is None
+    mask = None if plain else _mask_HST(q_SBHd, window, sinks_H)
     y_BHSv = F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return y_BHSv.permute(2, 0, 1, 3).flatten(2)
 
 
-class SdpaAttention(nn.Module):
-    """`causal_attention` as the core attention of Megatron's SelfAttention."""
-
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
-        super().__init__()
-        if config.context_parallel_size != 1:
-            raise ValueError(f"context_parallel_size={config.context_parallel_size} is not supported; use 1")
-        self.softmax_scale = softmax_scale
-
-    def forward(self, q_SBHd: Tensor, k_SBGd: Tensor, v_SBGd: Tensor, *_: Any, **__: Any) -> Tensor:
-        """[S, B, H * d of the values]; the mask is causal whatever mask Megatron passes."""
-        return causal_attention(q_SBHd, k_SBGd, v_SBGd, scale=self.softmax_scale)
+def _mask_HST(q_SBHd: Tensor, window: int, sinks_H: Tensor | None) -> Tensor:
+    """What is added to the logits: [1 or H, S, keys], the sink as the last key."""
+    S = q_SBHd.shape[0]
+    position = torch.arange(S, device=q_SBHd.device)
+    distance_ST = position[:, None] - position[None, :]
+    hidden_ST = (distance_ST < 0) | (distance_ST >= (window or S))
+    mask_1ST = torch.zeros(1, S, S, device=q_SBHd.device, dtype=q_SBHd.dtype)
+    mask_1ST.masked_fill_(hidden_ST, -torch.inf)
+    if sinks_H is None:
+        return mask_1ST
+    H = sinks_H.numel()
+    sinks_HS1 = sinks_H.to(q_SBHd.dtype)[:, None, None].expand(H, S, 1)
+    return torch.cat([mask_1ST.expand(H, S, S), sinks_HS1], dim=-1)

@@ -1,6 +1,6 @@
 """Megatron layer specs from our own parts: RMSNorm, attention over torch SDPA, our MoE layer.
 
-Megatron supplies what it is best at: tensor-parallel linears, embeddings, RoPE, the pipeline.
+Megatron supplies what it is best at: tensor-parallel linears, embeddings, the pipeline.
 """
 
 from __future__ import annotations
@@ -9,18 +9,22 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from moe.config.schema import ModelSection
+from moe.model.grouped_attention import GroupedQueryAttention
 from moe.model.latent_attention import LatentAttention
 from moe.model.moe_adapter import MoEAdapter
 from moe.model.norm import RMSNorm
-from moe.model.sdpa import SdpaAttention
 
 
 def layer_spec(model: ModelSection, layer_index: int, moe_params: dict[str, Any]) -> ModuleSpec:
@@ -37,13 +41,35 @@ def layer_spec(model: ModelSection, layer_index: int, moe_params: dict[str, Any]
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_mla_spec(model) if model.attention.kind == "mla" else _gqa_spec(),
+            self_attention=_attention_spec(model, layer_index),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def mtp_spec(model: ModelSection, moe_params: dict[str, Any]) -> ModuleSpec:
+    """The modules that predict further tokens: each a projection of hidden state and embedding, and a layer.
+
+    Arguments as of `layer_spec`.
+    """
+    layers = [
+        ModuleSpec(
+            module=MultiTokenPredictionLayer,
+            submodules=MultiTokenPredictionLayerSubmodules(
+                enorm=RMSNorm,
+                hnorm=RMSNorm,
+                eh_proj=ColumnParallelLinear,
+                transformer_layer=layer_spec(model, model.num_layers + index, moe_params),
+                layer_norm=RMSNorm,
+            ),
+        )
+        for index in range(model.mtp_layers)
+    ]
+    submodules = MultiTokenPredictionBlockSubmodules(layer_specs=layers)
+    return ModuleSpec(module=MultiTokenPredictionBlock, submodules=submodules)
 
 
 def moe_spec(moe_params: dict[str, Any]) -> ModuleSpec:
@@ -56,19 +82,9 @@ def mlp_submodules() -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
-def _gqa_spec() -> ModuleSpec:
-    return ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=SdpaAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
-        ),
-    )
-
-
-def _mla_spec(model: ModelSection) -> ModuleSpec:
-    return ModuleSpec(module=LatentAttention, params={"attention": model.attention})
+def _attention_spec(model: ModelSection, layer_index: int) -> ModuleSpec:
+    mask = {"attn_mask_type": AttnMaskType.causal}  # Megatron's multi-token prediction asks for it
+    if model.attention.kind == "mla":
+        return ModuleSpec(module=LatentAttention, params={"attention": model.attention, **mask})
+    params = {"attention": model.attention, "layer_index": layer_index, **mask}
+    return ModuleSpec(module=GroupedQueryAttention, params=params)

@@ -54,6 +54,36 @@ BROKEN = {
         1,
         ["num_query_groups=3", "num_heads=4", "allowed: 1, 2, 4", "or 0"],
     ),
+    "rotated part": (
+        ["model.attention.rotary_dim=66", "model.attention.head_dim=64"],
+        1,
+        ["rotary_dim=66", "head_dim=64", "at most 64"],
+    ),
+    "yarn betas": (
+        ["model.attention.yarn.beta_slow=32"],
+        1,
+        ["beta_slow=32", "beta_fast=32", "not below"],
+    ),
+    "pattern without a window": (
+        ["model.attention.full_attention_every=2"],
+        1,
+        ["full_attention_every=2", "sliding_window=0", "set the window"],
+    ),
+    **{
+        f"{key} in latent attention": (
+            ["model.attention.kind=mla", f"model.attention.{key}={value}"],
+            1,
+            [f"model.attention.{key}={value}", "kind=mla", "leave it out"],
+        )
+        for key, value in {
+            "rotary_dim": 2,
+            "qk_norm": "head",
+            "qkv_bias": "true",
+            "output_bias": "true",
+            "sinks": "true",
+            "sliding_window": 4,
+        }.items()
+    },
     "rows of 16 bytes in fp32": (
         ["model.hidden_size=66", "train.precision=fp32"],
         1,
@@ -69,6 +99,21 @@ BROKEN = {
         ["model.num_dense_layers=4"],
         1,
         ["num_dense_layers=4", "num_layers=4", "allowed: 0 to 3"],
+    ),
+    "top groups": (
+        ["model.router.num_groups=2", "model.router.top_groups=3"],
+        1,
+        ["model.router.top_groups=3", "model.router.num_groups=2", "allowed: 1 to 2"],
+    ),
+    "groups of experts": (
+        ["model.router.num_groups=8", "model.router.top_groups=4"],
+        1,
+        ["model.router.num_groups=8", "model.num_experts=8", "two or more", "allowed: 1, 2, 4"],
+    ),
+    "experts of the top groups": (
+        ["model.router.num_groups=4", "model.top_k=3"],
+        1,
+        ["model.top_k=3", "the 2 experts", "top_groups=1 groups of 2", "use model.router.top_groups=2"],
     ),
     "score order": (
         ["model.router.score=sigmoid", "model.router.score_before_topk=false"],
@@ -122,9 +167,11 @@ SOUND_LAYOUTS = [
     (["parallel.ep=4"], 4),
     (["parallel.tp=4", "model.attention.num_query_groups=0"], 4),
     (["parallel.tp=4", "model.attention.kind=mla"], 4),  # MLA has no query groups
+    (["model.attention.sliding_window=8", "model.attention.full_attention_every=2"], 1),
     ([*BLENDS, "data.tokenizer=bytes"], 1),
     (["optim.warmup_steps=50"], 1),  # a trial run may end within the warm-up
     (["model.shared_expert_hidden_size=0", "parallel.tp=2"], 2),
+    (["model.router.num_groups=4", "model.router.top_groups=2", "model.top_k=4"], 1),
     (["energy.full_w_per_cpu=0.74"], 1),
 ]
 

@@ -54,14 +54,14 @@ QWEN3_30B = ModelShape(
     top_k=8,
     expert_hidden_size=768,
     shared_expert_hidden_size=0,
-    attention=GqaShape(num_heads=32, num_query_groups=4, head_dim=128, qk_norm=True),
+    attention=GqaShape(num_heads=32, num_query_groups=4, head_dim=128, qk_norm="head"),
 )
 QWEN3_235B = replace(
     QWEN3_30B,
     num_layers=94,
     hidden_size=4096,
     expert_hidden_size=1536,
-    attention=GqaShape(num_heads=64, num_query_groups=4, head_dim=128, qk_norm=True),
+    attention=GqaShape(num_heads=64, num_query_groups=4, head_dim=128, qk_norm="head"),
 )
 MIXTRAL_8X7B = ModelShape(
     num_layers=32,
@@ -144,4 +144,4 @@ def test_mla_without_query_rank_projects_directly() -> None:
     hidden_size = 2048
     q, kv_down, kv_up, out = 2048 * 16 * 192, 2048 * 576, 512 * 16 * 256, 16 * 128 * 2048
     assert attention.matmul_params(hidden_size) == q + kv_down + kv_up + out
-    assert attention.norm_params == 512
+    assert attention.vector_params(hidden_size) == 512

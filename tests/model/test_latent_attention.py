@@ -1,4 +1,4 @@
-"""Latent attention against the equations, head by head, and its rotation against complex numbers."""
+"""Latent attention against the equations, head by head."""
 
 from __future__ import annotations
 
@@ -101,13 +101,3 @@ def test_output_is_that_of_the_equations(start_ranks: Any, q_lora_rank: int) -> 
     pool: RankPool = start_ranks(1)
     ((found, expected),) = pool.run(forward_both, q_lora_rank)
     assert_close("output", found, expected.float(), dtype=torch.float32)
-
-
-def test_rotation_turns_pairs_and_keeps_lengths() -> None:
-    from moe.model.latent_attention import rotate
-
-    x = torch.randn(9, 2, 3, 8, generator=torch.Generator().manual_seed(1))
-    found = rotate(x, 50.0)
-    assert_close("norm", found.norm(dim=-1), x.norm(dim=-1), dtype=torch.float32)
-    assert torch.equal(found[0], x[0])
-    assert_close("turn", found[:, 1, 2], turn(x[:, 1, 2], 50.0).float(), dtype=torch.float32)
