@@ -144,14 +144,14 @@ class MegatronEngine:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         for adapter in self.moe_layers.values():
-            adapter.tokens_per_expert_E.zero_()
-            adapter.losses_2.zero_()
+            adapter.reset_step()
         MTPLossLoggingHelper.tracker.clear()  # a global of Megatron, which sums over micro-batches
         stored = self._run_schedule(batches, self.num_microbatches, forward_only=False)
         loss, mtp_loss, balance, z = self._reduce_losses(stored)
         if not math.isfinite(loss):
             raise TrainingDivergedError(
-                f"loss is {loss}; no update was made. Lower optim.lr or resume from a checkpoint"
+                f"loss is {loss}; no update was made. {self._first_router_with_nan()}"
+                "Lower optim.lr or resume from a checkpoint"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -164,6 +164,18 @@ class MegatronEngine:
             )
         counts_LE = self._reduce_counts()
         return StepResult(loss, balance, z, float(grad_norm or 0.0), counts_LE, mtp_loss)
+
+    def _first_router_with_nan(self) -> str:
+        """Its layer and ranks in words; collective. Later layers only pass on what it met."""
+        found = [i for i, adapter in self.moe_layers.items() if not bool(adapter.weight_sum.isfinite())]
+        gathered: list[list[int]] = [[]] * self.world_size
+        dist.all_gather_object(gathered, found)
+        layers = [min(indices, default=None) for indices in gathered]
+        first = min((layer for layer in layers if layer is not None), default=None)
+        if first is None:
+            return ""
+        ranks = ", ".join(str(rank) for rank, layer in enumerate(layers) if layer == first)
+        return f"The first router with NaN logits is that of layer {first}, on rank {ranks}. "
 
     def _run_schedule(
         self, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool

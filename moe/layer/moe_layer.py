@@ -110,4 +110,5 @@ class MoELayer(nn.Module):
         losses = router_losses(
             routing, balance, sequence_group=self.sequence_group, balance_group=self.balance_group
         )
-        return MoEOutput(y, losses, routing.counts_E, routing.num_dropped)
+        weight_sum = routing.weights_TK.detach().sum()
+        return MoEOutput(y, losses, routing.counts_E, routing.num_dropped, weight_sum)

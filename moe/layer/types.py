@@ -74,3 +74,4 @@ class MoEOutput:
     losses: Losses
     counts_E: Tensor  # tokens of this rank that went to each expert
     num_dropped: Tensor  # pairs of this rank that went to none
+    weight_sum: Tensor  # of all combine weights of this rank: NaN if a logit of a token was

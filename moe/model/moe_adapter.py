@@ -89,6 +89,7 @@ class MoEAdapter(MegatronModule):
 
     tokens_per_expert_E: Tensor
     losses_2: Tensor
+    weight_sum: Tensor
 
     def __init__(
         self,
@@ -131,6 +132,7 @@ class MoEAdapter(MegatronModule):
             "tokens_per_expert_E", torch.zeros(model.num_experts, dtype=torch.int64), persistent=False
         )
         self.register_buffer("losses_2", torch.zeros(2), persistent=False)
+        self.register_buffer("weight_sum", torch.zeros(()), persistent=False)
 
     def _mark_parameters(self) -> None:
         for weight in self.layer.experts.parameters():
@@ -141,12 +143,18 @@ class MoEAdapter(MegatronModule):
         for weight in self.layer.router.parameters():
             weight.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
 
+    def reset_step(self) -> None:
+        """Forget what the last step counted."""
+        for counted in (self.tokens_per_expert_E, self.losses_2, self.weight_sum):
+            counted.zero_()
+
     def forward(self, hidden_SBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """(output, no bias); the router losses ride on the output."""
         output = self.layer(hidden_SBD)
         if not self.training:
             return output.y, None
         self.tokens_per_expert_E += output.counts_E
+        self.weight_sum += output.weight_sum
         self.losses_2 += (
             torch.stack([output.losses.balance, output.losses.z]).detach() / self.num_microbatches
         )

@@ -218,7 +218,7 @@ def test_reshard_changes_no_byte(
     assert_bit_equal(tmp_path / "after" / "step_00000003", written)
 
 
-def diverge() -> str:
+def diverge(weight: str) -> str:
     from moe.engine.base import TrainingDivergedError
     from moe.engine.megatron import MegatronEngine
 
@@ -226,7 +226,7 @@ def diverge() -> str:
     engine = MegatronEngine(config)
     try:
         with torch.no_grad():
-            engine.model.output_layer.weight.fill_(float("nan"))
+            engine.model.get_parameter(weight).fill_(float("nan"))
         engine.train_step(batches(config, 0, 0, 1), lr=1e-3)
     except TrainingDivergedError as error:
         return str(error)
@@ -236,6 +236,10 @@ def diverge() -> str:
 
 
 def test_loss_that_is_not_finite_stops_before_the_update(pool: RankPool) -> None:
-    (message,) = pool.run(diverge, num_ranks=1)
-    assert "nan" in message
-    assert "no update" in message
+    (message,) = pool.run(diverge, "output_layer.weight", num_ranks=1)
+    assert "loss is nan; no update was made. Lower optim.lr" in message
+
+
+def test_a_router_that_met_nan_is_named_with_its_rank(pool: RankPool) -> None:
+    (message,) = pool.run(diverge, "decoder.layers.1.mlp.layer.router.weight_ED", num_ranks=1)
+    assert "The first router with NaN logits is that of layer 1, on rank 0. Lower" in message

@@ -19,7 +19,7 @@ LAYERS = (
     {"errors"},
     {"config", "durable", "quiet", "ranks"},
     {"kernels"},
-    {"layer"},
+    {"layer", "transformers_backend"},
     {"moe"},  # the package itself, which may offer the layer
     {"model"},
     {"engine", "checkpoint", "metering", "data"},
@@ -36,12 +36,14 @@ PLACES = {
     "megatron": (
         "moe.model",
         "moe.engine.megatron",
+        "moe.engine.one_rank",
         "moe.engine.without_cuda",
         "moe.data.dataset",
         "moe.checkpoint",
     ),
     "deepspeed": ("moe.engine.deepspeed",),
     "wandb": ("moe.metering.sinks",),
+    "transformers": ("moe.transformers_backend", "moe.convert"),
     "triton": ("moe.kernels",),
     "kernels": (),  # the top-level name is another project's; ours is moe.kernels
 }
@@ -156,6 +158,7 @@ PLANTED = [
     ("moe.layer.experts", "import triton.language as tl"),
     ("moe.layer.experts", "from kernels.combine import combine"),
     ("moe.layer.experts", "import kernels"),
+    ("moe.layer.experts", "from transformers.activations import ACT2FN"),
     ("moe.checkpoint.load", "from moe.engine.base import Engine"),
     ("moe.data.prepare", "from moe.metering import sinks"),
     ("moe.config.load", "import moe.ranks"),

@@ -1,0 +1,73 @@
+"""The README's tables: every number of the result files, what failed, and where no GPU has been seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import readme_table
+from benchmarks.layer_rows import UNMEASURED
+
+CPU = {"device": "AMD EPYC", "threads": 2, "torch": "2.13", "triton": "3.7", "commit": "abc1234"}
+GPU = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11", "triton": "3.6", "commit": "def5678"}
+
+
+def row(impl: str, direction: str = "forward+backward", **values) -> dict:
+    measured = {"ms": 412.34, "tflops": 0.0937, "ratio_to_matmul": 0.816, "saved_bytes": 21_300_000}
+    names = {"impl": impl, "shape": "4096,512,256,64,4", "dtype": "fp32", "direction": direction}
+    return names | UNMEASURED | measured | {"correct": True, "stamp": CPU} | values
+
+
+def write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content))
+
+
+def test_a_cpu_file_becomes_a_table(tmp_path: Path):
+    rows = [row("matmul", saved_bytes=None), row("moe", "forward", ms=1.0), row("moe")]
+    rows.append(row("hf_eager", **UNMEASURED))
+    write(tmp_path / "2026-01-31-cpu-moe-layer-fp32.json", rows)
+    text = readme_table.section(tmp_path)
+    assert "on AMD EPYC (CPU, 2 threads; torch 2.13, triton 3.7, commit abc1234)" in text
+    assert "](benchmarks/results/2026-01-31-cpu-moe-layer-fp32.json):" in text
+    assert "| 4096,512,256,64,4 | fp32 | moe | 412.3 | 94 | 82 % | 21.3 |" in text
+    assert "| 4096,512,256,64,4 | fp32 | matmul | 412.3 | 94 | 82 % |  |" in text
+    assert "| 4096,512,256,64,4 | fp32 | hf_eager | wrong, not timed |  |  |  |" in text
+    assert "| 1.0 |" not in text  # forward alone
+    assert text.endswith(readme_table.NO_GPU)
+
+
+def test_the_newest_suite_of_each_gpu_is_shown_with_what_failed(tmp_path: Path):
+    parts = [
+        {"name": "tests", "status": "failed", "result": None},
+        {
+            "name": "moe_layer",
+            "status": "passed",
+            "result": [row("moe", ms=12.0, tflops=413.0, percent_of_roof=47.0)],
+        },
+        {"name": "moe_layer_more", "status": "stopped", "result": None},
+    ]
+    suite = {"benchmark": "GPU suite", "stamp": GPU, "parts": parts}
+    write(tmp_path / "2026-02-01-h100.json", suite)
+    write(tmp_path / "2026-01-31-h100.json", suite | {"parts": []})
+    write(tmp_path / "2026-01-31-cpu-quickstart.json", {"benchmark": "training run"})
+    text = readme_table.section(tmp_path)
+    assert "on NVIDIA H100 80GB HBM3 (GPU; torch 2.11, triton 3.6, commit def5678)" in text
+    assert "| moe | 12.00 | 413 | 82 % | 47 % | 21 |  |" in text
+    assert "2026-01-31-h100" not in text
+    assert text.endswith("Parts of the suite that did not pass: tests (failed).")
+    assert readme_table.NO_GPU not in text
+
+
+def test_only_what_is_between_the_marks_changes():
+    readme = f"before\n\n{readme_table.BEGIN}\nold\n{readme_table.END}\n\nafter\n"
+    new = readme_table.replaced(readme, "new")
+    assert new == readme.replace("old", "new")
+    assert readme_table.replaced(new, "new") == new
+
+
+@pytest.mark.parametrize("readme", ["", readme_table.BEGIN, f"{readme_table.END}\n{readme_table.BEGIN}"])
+def test_a_readme_without_the_marks_is_refused(readme):
+    with pytest.raises(ValueError, match="needs the lines"):
+        readme_table.replaced(readme, "new")
