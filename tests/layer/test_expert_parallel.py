@@ -169,6 +169,76 @@ def test_a_whole_layer_equals_one_rank(ranks, num_ranks):
             assert_close(f"{name} of rank {rank}", result[name], whole.chunk(num_ranks)[rank])
 
 
+# A gate that sends all to one expert, ties between all experts, capacities that overflow.
+EXTREMES = {
+    "one_hot": {"hot": 9.0},
+    "ties": {"tied": True},
+    "overflow": {"hot": 9.0, "capacity_factor": 0.5},
+    "one_fits": {"capacity_factor": 1e-9, "hot": 9.0},
+}
+
+
+def extreme_layer(
+    group: dist.ProcessGroup | None,
+    rank: int,
+    num_ranks: int,
+    *,
+    hot: float = 0.0,
+    tied: bool = False,
+    **settings: float,
+) -> MoELayer:
+    layer = MoELayer(replace(CONFIG, renormalize=True, **settings), ep_group=group)
+    layer.experts = make_experts(torch.float32, rank, num_ranks)
+    torch.manual_seed(1)
+    layer.router.reset_parameters(std=0.0 if tied else 0.5)
+    layer.router.bias_E[0] = hot
+    return layer
+
+
+def extreme_on_rank(x_SBD_of_rank: list[torch.Tensor], settings: dict[str, float]) -> tuple[Named, int]:
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    layer = extreme_layer(dist.group.WORLD, rank, num_ranks, **settings)
+    with poisoned_empty():
+        x_SBD = x_SBD_of_rank[rank]
+        return run_layer(layer, x_SBD), int(layer(x_SBD).num_dropped)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("settings", EXTREMES.values(), ids=EXTREMES)
+def test_extremes_equal_one_rank(ranks, settings, num_ranks):
+    generator = torch.Generator().manual_seed(9)
+    x_SBD_of_rank = [torch.randn(5, B, D, generator=generator) for B in (1, 3, 2, 1)[:num_ranks]]
+    results = ranks.run(extreme_on_rank, x_SBD_of_rank, settings, num_ranks=num_ranks)
+    alone = [run_layer(extreme_layer(None, 0, 1, **settings), x_SBD) for x_SBD in x_SBD_of_rank]
+    for rank, ((result, dropped), expected) in enumerate(zip(results, alone, strict=True)):
+        assert torch.equal(result["counts"], expected["counts"])
+        pairs = x_SBD_of_rank[rank][..., 0].numel() * K
+        assert dropped + int(result["counts"].sum()) == pairs, "tokens are not conserved"
+        assert bool(dropped) == ("capacity_factor" in settings)
+        for name in expected.keys() - {"counts", "experts.w_gate_up_eGD", "experts.w_down_eDF"}:
+            assert_close(f"{name} of rank {rank}", result[name], expected[name])
+        for name in ("experts.w_gate_up_eGD", "experts.w_down_eDF"):
+            whole = torch.stack([one[name] for one in alone]).sum(dim=0)
+            assert_close(f"{name} of rank {rank}", result[name], whole.chunk(num_ranks)[rank])
+
+
+def nan_on_rank() -> tuple[torch.Tensor, torch.Tensor]:
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    layer = extreme_layer(dist.group.WORLD, rank, num_ranks)
+    x_SBD = torch.randn(4, 1, D, generator=torch.Generator().manual_seed(rank))
+    if rank == 1:
+        x_SBD[2] = float("nan")
+    output = layer(x_SBD)
+    output.y.nansum().backward()
+    return output.y.isfinite().all(dim=-1).flatten(), output.weight_sum
+
+
+def test_a_nan_stays_with_its_token_and_hangs_nobody(ranks):
+    first, second = ranks.run(nan_on_rank, num_ranks=2)
+    assert first[0].all() and first[1].isfinite()
+    assert second[0].tolist() == [True, True, False, True] and second[1].isnan()
+
+
 def rows_on_rank() -> tuple[list[int], list[int]]:
     """Rank r sends r + p rows to rank p, each row holding 10 r + p; the gradient is an expanded one."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
