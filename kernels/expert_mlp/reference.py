@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.kernels.expert_mlp.activation import activated
+from moe.kernels.expert_mlp.activation import activated, gated
 
 
 def expert_mlp_reference(
@@ -35,7 +35,7 @@ def expert_mlp_reference(
         if biases is not None:
             h = h + biases[0][expert]
         gate, up = h.chunk(2, dim=-1)
-        y = activated(gate, up, activation) @ w_down_eDF[expert].T
+        y = activated(gated(gate, activation), up, activation) @ w_down_eDF[expert].T
         if biases is not None:
             y = y + biases[1][expert]
         y_TD = y_TD.index_add(0, tokens, weights_TK.flatten()[pairs].unsqueeze(1) * y)

@@ -3,17 +3,16 @@
 Shapes: T tokens, K top-k, N = T*K routed pairs, D model, F expert hidden, G = 2F, e experts, R rows of an
 expert.
 
-Products are in x's dtype, what is between them in fp32 (fp64). The rows of a token are added up at the end,
-in the order of its experts: every run has the same bits.
+Products are in x's dtype, what is between them in fp32 (fp64), and so are the sums over a token's pairs. An
+expert has a token once, so these are in the order of experts: every run has the same bits.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moe.kernels.expert_mlp.activation import activated, activation_gradients
+from moe.kernels.expert_mlp.activation import activated, activation_backward, gated
 from moe.kernels.expert_mlp.variant import PLAIN, Variant
 from moe.kernels.grouped_gemm.torch_backend import rows_of_experts
 
@@ -32,19 +31,20 @@ def expert_mlp_fwd(
     """y_TD and h_NG; contiguous inputs that `expert_mlp` has checked."""
     tokens_N, weights_N1 = _tokens_and_weights(weights_TK, index)
     h_NG = x_TD.new_empty(weights_TK.numel(), w_gate_up_eGD.shape[1])
-    y_ND = x_TD.new_empty(weights_TK.numel(), x_TD.shape[1])
+    y_TD = torch.zeros_like(x_TD, dtype=weights_TK.dtype)
     for expert, rows in rows_of_experts(index[2]):
-        x_RD, weights_R1 = x_TD.index_select(0, tokens_N[rows]), weights_N1[rows]
-        h_RG = torch.mm(x_RD, w_gate_up_eGD[expert].T, out=h_NG[rows])
+        tokens_R, weights_R1 = tokens_N[rows], weights_N1[rows]
+        h_RG = torch.mm(x_TD.index_select(0, tokens_R), w_gate_up_eGD[expert].T, out=h_NG[rows])
         if variant.biases is not None:
             h_RG += variant.biases[0][expert]
-        gate_RF, up_RF = h_RG.to(weights_TK.dtype).chunk(2, dim=1)
+        gate_RF, up_RF = h_RG.to(y_TD.dtype).chunk(2, dim=1)
         # The weight scales A before the product instead of y after it: rows of A are shorter.
-        a_RF = activated(gate_RF, up_RF, variant.activation).mul_(weights_R1)
-        y_RD = torch.mm(a_RF.to(x_TD.dtype), w_down_eDF[expert].T, out=y_ND[rows])
+        a_RF = activated(gated(gate_RF, variant.activation), up_RF, variant.activation).mul_(weights_R1)
+        y_RD = torch.mm(a_RF.to(x_TD.dtype), w_down_eDF[expert].T).to(y_TD.dtype)
         if variant.biases is not None:
-            y_RD += (weights_R1 * variant.biases[1][expert]).to(x_TD.dtype)
-    return _sum_of_pairs(y_ND, weights_TK, index), h_NG
+            y_RD += weights_R1 * variant.biases[1][expert]
+        y_TD.index_add_(0, tokens_R, y_RD)
+    return y_TD.to(x_TD.dtype), h_NG
 
 
 def expert_mlp_bwd(
@@ -58,34 +58,39 @@ def expert_mlp_bwd(
     """Gradients of the forward's first four arguments, `inputs`, then of the biases."""
     x_TD, w_gate_up_eGD, w_down_eDF, weights_TK = inputs
     tokens_N, weights_N1 = _tokens_and_weights(weights_TK, index)
-    grad_gate_up_eGD, grad_down_eDF = (
-        _zero_if_unused(w_gate_up_eGD, index),
-        _zero_if_unused(w_down_eDF, index),
-    )
+    grad_gate_up_eGD, grad_down_eDF = (_zero_if_unused(w, index) for w in (w_gate_up_eGD, w_down_eDF))
     grad_biases = tuple(torch.zeros_like(bias) for bias in variant.biases or ())
-    grad_x_ND = x_TD.new_empty(weights_TK.numel(), x_TD.shape[1])
+    grad_x_TD = torch.zeros_like(x_TD, dtype=weights_TK.dtype)
     grad_weights_N = weights_TK.new_zeros(weights_TK.numel())  # those of sentinels stay zero
     for expert, rows in rows_of_experts(index[2]):
-        weights_R1, w_down_DF = weights_N1[rows], w_down_eDF[expert]
-        grad_RD = grad_TD.index_select(0, tokens_N[rows])
+        tokens_R, weights_R1 = tokens_N[rows], weights_N1[rows]
+        grad_RD = grad_TD.index_select(0, tokens_R)
         # The gradient of A before the weight scales it: its product with A is the weight's gradient.
-        grad_a_RF = torch.mm(grad_RD, w_down_DF).to(weights_TK.dtype)
+        grad_a_RF = torch.mm(grad_RD, w_down_eDF[expert]).to(weights_TK.dtype)
         gate_RF, up_RF = h_NG[rows].to(weights_TK.dtype).chunk(2, dim=1)
-        a_RF, by_gate_RF, by_up_RF = activation_gradients(gate_RF, up_RF, variant.activation)
+        value_RF = gated(gate_RF, variant.activation)
+        a_RF = activated(value_RF, up_RF, variant.activation)
         torch.linalg.vecdot(grad_a_RF, a_RF, out=grad_weights_N[rows])
         torch.mm(grad_RD.T, a_RF.mul_(weights_R1).to(x_TD.dtype), out=grad_down_eDF[expert])
-        grad_a_RF.mul_(weights_R1)
-        grad_h_RG = torch.cat([by_gate_RF.mul_(grad_a_RF), by_up_RF * grad_a_RF], dim=1).to(x_TD.dtype)
-        x_RD = x_TD.index_select(0, tokens_N[rows])
-        torch.mm(grad_h_RG.T, x_RD, out=grad_gate_up_eGD[expert])
-        torch.mm(grad_h_RG, w_gate_up_eGD[expert], out=grad_x_ND[rows])
+        grad_h_RG = x_TD.new_empty(len(tokens_R), h_NG.shape[1])
+        grad_gate_RF, grad_up_RF = grad_h_RG.chunk(2, dim=1)
+        activation_backward(
+            gate_RF,
+            up_RF,
+            value_RF,
+            grad_a_RF.mul_(weights_R1),
+            activation=variant.activation,
+            out=(grad_gate_RF, grad_up_RF),
+        )
+        torch.mm(grad_h_RG.T, x_TD.index_select(0, tokens_R), out=grad_gate_up_eGD[expert])
+        grad_x_RD = torch.mm(grad_h_RG, w_gate_up_eGD[expert])
+        grad_x_TD.index_add_(0, tokens_R, grad_x_RD.to(weights_TK.dtype))
         if variant.biases is not None:
             grad_weights_N[rows] += (grad_RD @ variant.biases[1][expert]).to(weights_TK.dtype)
             grad_biases[0][expert] = grad_h_RG.sum(dim=0)
             grad_biases[1][expert] = (grad_RD * weights_R1).sum(dim=0)
     grad_weights_TK = grad_weights_N.index_select(0, index[1]).view_as(weights_TK)
-    grad_x_TD = _sum_of_pairs(grad_x_ND, weights_TK, index)
-    return grad_x_TD, grad_gate_up_eGD, grad_down_eDF, grad_weights_TK, *grad_biases
+    return grad_x_TD.to(x_TD.dtype), grad_gate_up_eGD, grad_down_eDF, grad_weights_TK, *grad_biases
 
 
 def _tokens_and_weights(weights_TK: Tensor, index: Index) -> tuple[Tensor, Tensor]:
@@ -100,10 +105,3 @@ def _zero_if_unused(weight: Tensor, index: Index) -> Tensor:
     grad = torch.empty_like(weight)
     grad[ends_e.diff(prepend=ends_e.new_zeros(1)) == 0] = 0
     return grad
-
-
-def _sum_of_pairs(y_ND: Tensor, weights_TK: Tensor, index: Index) -> Tensor:
-    """Sum of each token's rows, in fp32 or wider inside; rows of no expert count as zeros."""
-    _, inverse_N, ends_e = index
-    y_ND[int(ends_e[-1]) :] = 0
-    return F.embedding_bag(inverse_N.view(weights_TK.shape), y_ND, mode="sum")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 VALUE_DTYPE = torch.float8_e4m3fn
-# A scale is a block's largest number over the largest of VALUE_DTYPE; a division less as a product.
-SCALE_OF_ONE = 1 / 448
+# A scale is a block's largest number over that of VALUE_DTYPE, 448: a product, since division is slow.
+INVERSE_LARGEST = 1 / 448
 SMALLEST_SCALE = 2.0**-126  # the smallest normal number of fp32, the scale of zeros
 
 # Rows of one expert begin a new tile where blocks go down the rows, so that no block holds two experts' rows.

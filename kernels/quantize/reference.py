@@ -10,7 +10,14 @@ import math
 import torch
 from torch import Tensor
 
-from moe.kernels.quantize.formats import FORMATS, ROW_TILE, SCALE_OF_ONE, SMALLEST_SCALE, VALUE_DTYPE, Format
+from moe.kernels.quantize.formats import (
+    FORMATS,
+    INVERSE_LARGEST,
+    ROW_TILE,
+    SMALLEST_SCALE,
+    VALUE_DTYPE,
+    Format,
+)
 
 
 def quantize_block(block: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
@@ -20,7 +27,7 @@ def quantize_block(block: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor
     block with NaN or infinity in it is NaN throughout, scale and values, so that nothing hides an overflow.
     """
     wide = block.float()
-    scale = (wide.abs().max() * SCALE_OF_ONE).clamp(min=SMALLEST_SCALE)
+    scale = (wide.abs().max() * INVERSE_LARGEST).clamp(min=SMALLEST_SCALE)
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1)
         scale = torch.ldexp(torch.ones(()), exponent - (mantissa == 0.5).int())

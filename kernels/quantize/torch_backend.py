@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.kernels.quantize.formats import ROW_TILE, SCALE_OF_ONE, SMALLEST_SCALE, VALUE_DTYPE, Format
+from moe.kernels.quantize.formats import INVERSE_LARGEST, ROW_TILE, SMALLEST_SCALE, VALUE_DTYPE, Format
 
 
 def quantize_rows_torch(x_RC: Tensor, kind: Format) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def _in_blocks(x_RC: Tensor, block: int) -> Tensor:
 
 def _scales(largest: Tensor, kind: Format) -> tuple[Tensor, Tensor]:
     """Scales of blocks from their largest absolute values, and the factors that quantise."""
-    scales = (largest * SCALE_OF_ONE).clamp(min=SMALLEST_SCALE)
+    scales = (largest * INVERSE_LARGEST).clamp(min=SMALLEST_SCALE)
     if kind.power_of_two:
         # A power of two has a mantissa of zeros; adding all ones first rounds up.
         scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)

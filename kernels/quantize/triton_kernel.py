@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe.kernels.quantize import formats
 
-SCALE_OF_ONE = tl.constexpr(formats.SCALE_OF_ONE)
+INVERSE_LARGEST = tl.constexpr(formats.INVERSE_LARGEST)
 SMALLEST_SCALE = tl.constexpr(formats.SMALLEST_SCALE)
 ROW_TILE = tl.constexpr(formats.ROW_TILE)
 INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -40,7 +40,7 @@ def magnitude_bits(x):
 @triton.jit
 def scales_of(largest_bits, POWER_OF_TWO: tl.constexpr):
     """Scales of blocks from their largest magnitude_bits, and the factors that quantise."""
-    scales = tl.maximum(largest_bits.to(tl.float32, bitcast=True) * SCALE_OF_ONE, SMALLEST_SCALE)
+    scales = tl.maximum(largest_bits.to(tl.float32, bitcast=True) * INVERSE_LARGEST, SMALLEST_SCALE)
     if POWER_OF_TWO:
         # A power of two has a mantissa of zeros; adding all ones first rounds up.
         bits = (scales.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
