@@ -17,6 +17,7 @@ from benchmarks.harness import BAD_INPUT, progress
 from moe.durable import write_atomically
 
 ROOT = Path(__file__).parents[1]
+COMPILED = "compiled-kernels.json"
 BEGIN, END = "<!-- python -m benchmarks.readme_table --write -->", "<!-- end -->"
 NO_GPU = (
     "No GPU has run this yet, so there is no figure for one; `scripts/gpu_suite.sh` makes the file that "
@@ -75,10 +76,45 @@ def replaced(readme: str, text: str) -> str:
 
 
 def section(results: Path) -> str:
-    """What the result files say of the layer's speed: on CPUs, then on each GPU."""
-    blocks = [cpu_block(path) for path in sorted(results.glob("*-cpu-moe-layer*.json"))]
+    """What the result files say: how kernels compile, the layer's speed on CPUs, then on each GPU."""
+    blocks = [compiled_block(path) for path in results.glob(COMPILED)]
+    blocks += [cpu_block(path) for path in sorted(results.glob("*-cpu-moe-layer*.json"))]
     gpu_blocks = [gpu_block(path) for path in newest_suites(results)]
     return "\n\n".join([*blocks, *(gpu_blocks or [NO_GPU])])
+
+
+def compiled_block(path: Path) -> str:
+    """A table of the file of tests/shipped_kernels.py: its first shape, in bf16."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    shape = result["rows"][0]["shape"]
+    lines = [
+        f"Compiled by triton {result['triton']} for H100 (sm_90) and B200 (sm_100) at the sizes of {shape}, "
+        f"from [`{path.name}`](benchmarks/results/{path.name}):",
+        "",
+        _line(
+            [
+                "product",
+                "kernel",
+                "tile M, N, K",
+                "GPU",
+                "registers",
+                "spilled bytes",
+                "shared KiB",
+                "tensor-core instructions",
+            ]
+        ),
+        "|" + "---|" * 8,
+    ]
+    for row in result["rows"]:
+        if row["shape"] == shape and row["dtype"] == "bf16":
+            tile = ", ".join(map(str, row["tile"]))
+            kernel = row["kernel"].removesuffix("_kernel")
+            shared = f"{row['shared_bytes'] / 1024:.0f}"
+            counts = [row["registers"], row["spill_bytes"], shared, row["tensor_core_instructions"]]
+            lines.append(
+                _line([row["product"], f"`{kernel}`", tile, f"sm_{row['capability']}", *map(str, counts)])
+            )
+    return "\n".join(lines)
 
 
 def newest_suites(results: Path) -> list[Path]:

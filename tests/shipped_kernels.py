@@ -55,8 +55,8 @@ KINDS = {
 Arguments = dict[str, object]
 
 
-def matmul_requests(shape: Shape, dtype: str, capability: int) -> Iterator[Request]:
-    """The six products of the expert path, and the accumulation into a master gradient."""
+def matmul_requests(shape: Shape, dtype: str, capability: int) -> Iterator[tuple[str, Request]]:
+    """The six products of the expert path by name, and the accumulation into a master gradient."""
     D, F, x = shape.D, shape.F, f"*{dtype}:16"
     up = {"p_x": x, "p_w": x, "p_bias": None, "p_h": x, "p_a": x, **INDEX}
     grad_h = {"p_grad": x, "p_w": x, "p_h": x, "p_weights": "*fp32:16", "p_grad_h": x, "p_scaled_a": x}
@@ -74,27 +74,33 @@ def matmul_requests(shape: Shape, dtype: str, capability: int) -> Iterator[Reque
     gate_up = {"p_order_left": None, "p_order_right": "*i64:16", "M": 2 * F, "N": D}
     sizes = {"D": D, "F": F, "ACTIVATION": "swiglu"}
     accumulated = {"p_out": "*fp32:16", "ACCUMULATE": True}
-    for kind, n, k, arguments in (
-        ("up", 2 * F, D, up | sizes),
-        ("gemm", D, F, gemm | {"N": D, "K": F, "W_IS_NK": True}),
-        ("grad_h", F, D, grad_h | {"p_partials": "*fp32:16", "PARTS": -(-F // 128)} | sizes | INDEX),
-        ("gemm", D, 2 * F, gemm | {"N": D, "K": 2 * F, "W_IS_NK": False}),
-        ("wgrad", F, D, wgrad | down),
-        ("wgrad", D, 2 * F, wgrad | gate_up),
-        ("wgrad", D, 2 * F, wgrad | gate_up | accumulated),
+    for name, kind, n, k, arguments in (
+        ("H = X W1, A", "up", 2 * F, D, up | sizes),
+        ("Y = A W2", "gemm", D, F, gemm | {"N": D, "K": F, "W_IS_NK": True}),
+        (
+            "dH, A', dS",
+            "grad_h",
+            F,
+            D,
+            grad_h | {"p_partials": "*fp32:16", "PARTS": -(-F // 128)} | sizes | INDEX,
+        ),
+        ("dX = dH W1", "gemm", D, 2 * F, gemm | {"N": D, "K": 2 * F, "W_IS_NK": False}),
+        ("dW2", "wgrad", F, D, wgrad | down),
+        ("dW1", "wgrad", D, 2 * F, wgrad | gate_up),
+        ("dW1 += in fp32", "wgrad", D, 2 * F, wgrad | gate_up | accumulated),
     ):
         tile = heuristic(kind, Sizes(shape.T * shape.K, shape.E, n, k), BYTES[dtype], capability // 10)
-        yield request(*KINDS[kind], {"TOP_K": shape.K, **arguments, **launch_options(tile)}, capability)
+        yield name, request(*KINDS[kind], {"TOP_K": shape.K, **arguments, **launch_options(tile)}, capability)
 
 
-def index_requests(shape: Shape, capability: int) -> Iterator[Request]:
+def index_requests(shape: Shape, capability: int) -> Iterator[tuple[str, Request]]:
     """The map of tiles, and the sum of the parts of a weight's gradient."""
     tile_map = {"p_ends": "*i32:16", "p_map": "*i32:16", "num_tiles": "i32", "num_experts": "i32"}
     blocks = {"BLOCK_M": 128, "E_PAD": 1 << (shape.E - 1).bit_length(), "BLOCK_P": MAP_BLOCK}
-    yield request("grouped_gemm", "tile_map_kernel", tile_map | blocks, capability)
+    yield "tiles", request("grouped_gemm", "tile_map_kernel", tile_map | blocks, capability)
     pointers = {"p_partials": "*fp32:16", "p_inverse": "*i64:16", "p_ends": "*i32:16", "p_out": "*fp32:16"}
     sizes = {"num_pairs": "i32", "num_experts": "i32", "PARTS": -(-shape.F // 128), "BLOCK": PAIRS_BLOCK}
-    yield request("expert_mlp", "sum_partials_kernel", pointers | sizes, capability)
+    yield "dS", request("expert_mlp", "sum_partials_kernel", pointers | sizes, capability)
 
 
 def request(folder: str, function: str, arguments: Arguments, capability: int) -> Request:
@@ -107,41 +113,55 @@ def request(folder: str, function: str, arguments: Arguments, capability: int) -
     )
 
 
-def row_of(shape: Shape, asked: Request, compiled: Compiled) -> dict[str, object]:
-    """A line of the result file."""
-    return {
-        "kernel": asked.function,
-        "shape": shape.name,
-        "capability": asked.capability,
-        "tile": [asked.constexprs.get(f"BLOCK_{name}") for name in "MNK"],
-        "num_warps": asked.num_warps,
-        "num_stages": asked.num_stages,
-        "registers": compiled.registers,
-        "spill_bytes": compiled.spill_bytes,
-        "shared_bytes": compiled.shared_bytes,
-        "tensor_core_instructions": compiled.count(TENSOR_CORE[asked.capability]),
-    }
+@dataclass(frozen=True)
+class Shipped:
+    """A kernel as training launches it, and what the compiler made of it."""
+
+    shape: Shape
+    product: str
+    asked: Request
+    compiled: Compiled
+
+    def row(self) -> dict[str, object]:
+        """A line of the result file."""
+        return {
+            "product": self.product,
+            "kernel": self.asked.function,
+            "shape": self.shape.name,
+            "dtype": "bf16" if "*bf16:16" in self.asked.signature.values() else "fp32",
+            "capability": self.asked.capability,
+            "tile": [self.asked.constexprs.get(f"BLOCK_{name}") for name in "MNK"],
+            "num_warps": self.asked.num_warps,
+            "num_stages": self.asked.num_stages,
+            "registers": self.compiled.registers,
+            "spill_bytes": self.compiled.spill_bytes,
+            "shared_bytes": self.compiled.shared_bytes,
+            "tensor_core_instructions": self.compiled.count(TENSOR_CORE[self.asked.capability]),
+        }
 
 
-def requests() -> Iterator[tuple[Shape, Request]]:
+def requests() -> Iterator[tuple[Shape, tuple[str, Request]]]:
     """Both architectures where the code differs; the other tiles on one."""
     for capability in CAPABILITIES:
         for shape in (TYPICAL, ODD):
-            for wanted in matmul_requests(shape, "bf16", capability):
-                yield shape, wanted
-        for wanted in index_requests(TYPICAL, capability):
-            yield TYPICAL, wanted
-    for wanted in matmul_requests(FEW_TOKENS, "bf16", 100):
-        yield FEW_TOKENS, wanted
-    for wanted in matmul_requests(TYPICAL, "fp32", 90):
-        yield TYPICAL, wanted
+            for named in matmul_requests(shape, "bf16", capability):
+                yield shape, named
+        for named in index_requests(TYPICAL, capability):
+            yield TYPICAL, named
+    for named in matmul_requests(FEW_TOKENS, "bf16", 100):
+        yield FEW_TOKENS, named
+    for named in matmul_requests(TYPICAL, "fp32", 90):
+        yield TYPICAL, named
 
 
-def compile_all() -> list[tuple[Shape, Request, Compiled]]:
+def compile_all() -> list[Shipped]:
     """Compile all requests."""
     asked = list(requests())
-    compiled = compile_in_subprocess([request for _, request in asked])
-    return [(shape, request, result) for (shape, request), result in zip(asked, compiled, strict=True)]
+    compiled = compile_in_subprocess([request for _, (_, request) in asked])
+    return [
+        Shipped(shape, product, request, result)
+        for (shape, (product, request)), result in zip(asked, compiled, strict=True)
+    ]
 
 
 def main() -> None:
@@ -151,7 +171,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, required=True)
     path = parser.parse_args().json
-    rows = [row_of(*found) for found in compile_all() if not found[1].function.startswith(("tile", "sum"))]
+    rows = [shipped.row() for shipped in compile_all() if "BLOCK_K" in shipped.asked.constexprs]
     result = {"triton": triton.__version__, "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -47,12 +47,22 @@ def test_speed_tables_are_those_of_the_result_files():
     assert replaced(README, section(RESULTS)) == README
 
 
-def test_the_layer_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    names: dict = {}
-    exec(compile(example, "README.md", "exec"), names)
-    names["loss"].backward()
-    assert names["layer"].router.weight_ED.grad.abs().sum() > 0
+def examples() -> list[dict]:
+    """What each Python example of the README defines when it runs."""
+    found = []
+    for example in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        names: dict = {}
+        exec(compile(example, "README.md", "exec"), names)
+        found.append(names)
+    return found
+
+
+def test_examples_run():
+    layer, kernels, hugging_face = examples()
+    layer["loss"].backward()
+    assert layer["layer"].router.weight_ED.grad.abs().sum() > 0
+    assert kernels["y_TD"].shape == kernels["x_TD"].shape and kernels["y_TD"].isfinite().all()
+    assert hugging_face["model"].config._experts_implementation == "moe"
 
 
 def test_folders_of_the_map_exist():

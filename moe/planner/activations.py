@@ -1,0 +1,155 @@
+"""Bytes that the forward pass of a layer leaves for the backward pass, on one rank and for one micro-batch.
+
+Families of kernels save differently (`plan.kernels`):
+    ours   an expert keeps the pre-activation H, and its input X where rows came from other ranks
+    torch  the same on a CPU, where a norm keeps its normalised input, too
+    te     Transformer Engine: X, H and the activation A, which is the input of the down projection
+
+T tokens, t = T / tp tokens under sequence parallelism (arXiv 2205.05198), D model, F expert hidden,
+R = t * K rows of experts on a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe.planner.imbalance import imbalance
+from moe.planner.settings import Job
+
+_FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """Bytes by the part that saves them."""
+
+    norms: float = 0.0
+    attention: float = 0.0
+    router: float = 0.0
+    dispatch: float = 0.0
+    experts: float = 0.0
+    dense: float = 0.0
+
+
+def layer_saved(job: Job, *, dense: bool) -> Saved:
+    """What one layer keeps; with full recomputation only its input."""
+    if "full" in job.plan.recompute:
+        return Saved(norms=_stream(job))
+    if dense:
+        return Saved(norms=2 * _norm(job), attention=_attention(job), dense=_dense(job))
+    return Saved(
+        norms=2 * _norm(job),
+        attention=_attention(job),
+        router=_router(job),
+        dispatch=_dispatch(job),
+        experts=_experts(job),
+        dense=_shared(job),
+    )
+
+
+def logits_bytes(job: Job) -> float:
+    """The final norm, the output head's logits, and the fp32 copy that cross entropy turns into softmax."""
+    copied = job.plan.cross_entropy != "in_place" and job.precision != "fp32"
+    logits = job.tokens * job.shape.vocab_size / job.layout.tp
+    return _norm(job) + logits * (job.wide_bytes + (_FP32 if copied else 0))
+
+
+def graph_bytes(job: Job) -> float:
+    """Buffers of a layer's recorded launches, which stay in place beside what is saved anyway.
+
+    The part from norm to router takes the residual stream and returns it, normalised and as it was;
+    megatron-core keeps the gradients of all three. A graph of the whole step needs none between layers.
+    """
+    return 3 * _stream(job) if job.plan.cuda_graph == "partial" else 0.0
+
+
+def workspace_bytes(job: Job) -> float:
+    """The largest gradients that live at once: of the rows entering the experts, and of what they save."""
+    rows = _rows(job)
+    shape = job.shape
+    return rows * job.wide_bytes * (2 * shape.hidden_size + 3 * shape.expert_hidden_size / job.layout.etp)
+
+
+def _operand_bytes(job: Job, precision: str) -> float:
+    """Bytes of a GEMM's saved input: quantised ones are kept quantised, MXFP8 with a scale for 32 numbers."""
+    return {"fp8": 1.0, "mxfp8": 1 + 1 / 32}.get(precision, job.wide_bytes)
+
+
+def _stream(job: Job) -> float:
+    """The residual stream at one place."""
+    return job.tokens / job.layout.tp * job.shape.hidden_size * job.wide_bytes
+
+
+def _norm(job: Job) -> float:
+    """Input and output, which is the input of GEMMs and goes with recomputation; on a CPU one more."""
+    output = 0.0 if "layernorm" in job.plan.recompute else _operand_bytes(job, job.precision) / job.wide_bytes
+    return _stream(job) * (1 + output + (job.plan.kernels == "torch"))
+
+
+def _attention(job: Job) -> float:
+    """Queries, keys, values, the output and its softmax statistics; what leads to them unless recomputed."""
+    attention, layout, T = job.shape.attention, job.layout, job.tokens
+    H, groups, wide = attention.num_heads / layout.tp, attention.num_groups / layout.tp, job.wide_bytes
+    q, k, v = H * attention.qk_dim, groups * attention.qk_dim, groups * attention.v_dim
+    output = H * (attention.v_dim * wide + _FP32)
+    if not attention.is_latent:
+        # Values stay a part of the projection's output, so all of that stays. A norm keeps its queries apart.
+        normed = q + (q + k if job.plan.kernels == "torch" else 0)
+        normed = 0 if attention.qk_norm == "none" else normed
+        return T * ((q + k + v + q + k + normed) * wide + output)
+    kept = T / layout.tp * _compressed(job) * wide + T * output
+    if "mla_up_proj" in job.plan.recompute:
+        return kept
+    nope_dim = attention.qk_dim - attention.rope_dim
+    return kept + T * (q + k + v + groups * nope_dim) * wide
+
+
+def _compressed(job: Job) -> float:
+    """Numbers a token that latent attention keeps: compressions before and after their norms."""
+    attention = job.shape.attention
+    copies = 3 if job.plan.kernels == "torch" else 2
+    return copies * (attention.q_lora_rank + attention.kv_lora_rank) + attention.rope_dim
+
+
+def _router(job: Job) -> float:
+    """Logits and scores in fp32, and the choice."""
+    return job.tokens / job.layout.tp * (2 * job.shape.num_experts * _FP32 + job.shape.top_k * 16)
+
+
+def _rows(job: Job) -> float:
+    """Rows of the busiest rank's experts."""
+    return job.tokens / job.layout.tp * job.shape.top_k * job.layout.etp * imbalance(job)
+
+
+def _dispatch(job: Job) -> float:
+    """Weights and maps from pairs to rows and back, once more where rows travel."""
+    return _rows(job) * (16 + _FP32) * (1 if job.layout.ep == 1 else 2)
+
+
+def _experts(job: Job) -> float:
+    """X, H, and what the family of kernels keeps beside them."""
+    D, F = job.shape.hidden_size, job.shape.expert_hidden_size / job.layout.etp
+    if "moe" in job.plan.recompute:
+        return 0.0
+    # Ours gathers X from the norm's output in the GEMM, if all experts are here.
+    gathers = not job.plan.is_te and job.layout.expert_ranks == 1
+    keeps_activation = job.plan.is_te and "moe_act" not in job.plan.recompute
+    operands = (0 if gathers else D) + (F if keeps_activation else 0)
+    return _rows(job) * (operands * _operand_bytes(job, job.expert_precision) + 2 * F * job.wide_bytes)
+
+
+def _shared(job: Job) -> float:
+    if "shared_experts" in job.plan.recompute:
+        return 0.0
+    return _swiglu(job, job.shape.shared_hidden_size)
+
+
+def _dense(job: Job) -> float:
+    return 0.0 if "mlp" in job.plan.recompute else _swiglu(job, job.shape.ffn_hidden_size)
+
+
+def _swiglu(job: Job, hidden: int) -> float:
+    """Gate, up and the activation; without fusion silu(gate) and a copy of up. The norm saved the input."""
+    unfused = 0 if job.plan.is_te else 2 * job.wide_bytes
+    per_number = 2 * job.wide_bytes + _operand_bytes(job, job.precision) + unfused
+    return job.tokens * hidden / job.layout.tp * per_number

@@ -1,0 +1,153 @@
+"""What `moe plan` does: one request in, one text out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moe.errors import InputError
+from moe.planner.hardware_file import find_gpu
+from moe.planner.plan import Plan, as_json, make_plan
+from moe.planner.report import plan_text, search_text, validation_text, what_if_text
+from moe.planner.search import Found, Objective, as_overrides, search
+from moe.planner.settings import PlanConfig, load_plan_config, make_job, searched_job
+from moe.planner.site import Site, load_site
+from moe.planner.validate import published_rows, summary, validate
+
+OBJECTIVES = ("time", "tokens_per_j")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The arguments of `moe plan`.
+
+    Attributes:
+        config: A recipe.
+        overrides: Of its keys and of plan.*.
+        gpus: How many.
+        gpu: Of which kind.
+        search: Try all layouts.
+        objective: What the search ranks by.
+        what_if: Overrides to try one by one.
+        site: Name or file of a site.
+        png: Folder for pictures; None draws none.
+        validate: Compare with published runs instead; needs no config.
+    """
+
+    config: Path | None
+    overrides: Sequence[str]
+    gpus: int
+    gpu: str
+    search: bool = False
+    objective: str = "time"
+    what_if: Sequence[str] = ()
+    site: str | None = None
+    png: Path | None = None
+    validate: bool = False
+
+
+def run_request(request: Request, *, as_object: bool) -> str:
+    """Plan, search, compare, draw; text for people, or one JSON object.
+
+    Raises:
+        InputError: Something in the request is wrong, or no layout fits.
+    """
+    return _validation(as_object=as_object) if request.validate else _planned(request, as_object=as_object)
+
+
+def _planned(request: Request, *, as_object: bool) -> str:
+    site, config = load_site(request.site), _config(request, ())
+    found = _search(config, request, site) if request.search else None
+    plan = found.best if found else _plan(config, request, site)
+    others = [(change, _changed(request, plan, change, site)) for change in request.what_if]
+    pictures = _draw(plan, found, request.png)
+    if as_object:
+        return json.dumps(_object(plan, found, others, pictures))
+    parts = [search_text(found) if found else plan_text(plan)]
+    if others:
+        parts.append(what_if_text(plan, others))
+    return "\n".join([*parts, *map(str, pictures)])
+
+
+def _validation(*, as_object: bool) -> str:
+    """Rerun the published table."""
+    comparisons, rows = validate(), published_rows()
+    if not as_object:
+        return validation_text(comparisons, rows)
+    planned = [
+        {
+            "id": comparison.row.id,
+            "source": comparison.row.source,
+            "measured_step_s": comparison.measured_s,
+            "step_s": comparison.planned_s,
+            "step_error": comparison.step_error,
+            "measured_memory_gib": comparison.row.memory_gib or None,
+            "memory_gib_worst_rank": comparison.planned_gib,
+            "memory_error": comparison.memory_error,
+        }
+        for comparison in comparisons
+    ]
+    missing = [{"id": row.id, "missing": row.missing} for row in rows if row.missing]
+    return json.dumps({"rows": planned, "not_rerun": missing, "summary": summary(comparisons)})
+
+
+def _config(request: Request, more: Sequence[str]) -> PlanConfig:
+    """The recipe with the request's overrides and some more."""
+    if request.config is None:
+        raise InputError("moe plan needs a config, for example configs/quickstart.yaml, or --validate")
+    return load_plan_config(request.config, [*request.overrides, *more])
+
+
+def _plan(config: PlanConfig, request: Request, site: Site) -> Plan:
+    job = make_job(config, request.gpus, find_gpu(request.gpu))
+    return make_plan(job, config.train.steps, site)
+
+
+def _search(config: PlanConfig, request: Request, site: Site) -> Found:
+    objective: Objective = "time" if request.objective == "time" else "tokens_per_j"
+    if request.objective not in OBJECTIVES:
+        raise InputError(f"--objective {request.objective}: allowed: {', '.join(OBJECTIVES)}")
+    base = searched_job(config, request.gpus, find_gpu(request.gpu))
+    return search(config, base, site=site, objective=objective)
+
+
+def _changed(request: Request, plan: Plan, change: str, site: Site) -> Plan:
+    """The plan with one more override, in the layout that was planned."""
+    return _plan(_config(request, [*as_overrides(plan.job), change]), request, site)
+
+
+def _draw(plan: Plan, found: Found | None, folder: Path | None) -> list[Path]:
+    if folder is None:
+        return []
+    from moe.planner.plots import draw_plan
+
+    return draw_plan(plan, found.front if found else (), folder)
+
+
+def _object(
+    plan: Plan, found: Found | None, others: Sequence[tuple[str, Plan]], pictures: Sequence[Path]
+) -> dict[str, Any]:
+    values = as_json(plan)
+    if found:
+        values["search"] = {
+            "overrides": found.overrides,
+            "tried": found.tried,
+            "fitting": found.fitting,
+            "front": [_brief(one) for one in found.front],
+            "neighbours": [asdict(neighbour) for neighbour in found.neighbours],
+            "refused_by_train": found.refused,
+        }
+    if others:
+        values["what_if"] = [{"override": change, **_brief(other)} for change, other in others]
+    if pictures:
+        values["pictures"] = [str(path) for path in pictures]
+    return values
+
+
+def _brief(plan: Plan) -> dict[str, Any]:
+    full = as_json(plan)
+    keys = ("layout", "step_s", "tokens_per_s_per_gpu", "memory_gib_worst_rank", "tokens_per_j", "fits")
+    return {"overrides": as_overrides(plan.job), **{key: full[key] for key in keys}}

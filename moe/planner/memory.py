@@ -1,0 +1,146 @@
+"""Bytes on the fullest rank of each pipeline stage, part by part.
+
+States follow ZeRO (arXiv 1910.02054): data-parallel ranks share out optimizer states (1), gradients (2),
+weights (3). Experts are shared out over their own, smaller group of replicas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from moe.planner.activations import (
+    Saved,
+    graph_bytes,
+    layer_saved,
+    logits_bytes,
+    workspace_bytes,
+)
+from moe.planner.counts import params_on_rank
+from moe.planner.settings import Job
+from moe.planner.stages import Stage, stage_weights, stages_of
+
+GIB = 2**30
+# Context, NCCL's buffers and the allocator's unused blocks, beside what tensors take; a share of tensors
+# and a constant. PyTorch's expandable segments leave 2-4 %; a CUDA context and communicators take 1.5-3
+# GiB.
+CONTEXT_BYTES = 2.5 * GIB
+SLACK = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Bytes of tensors on the fullest rank of a stage; parts that peak at different moments are all counted.
+
+    Attributes:
+        stage: Its index.
+        weights: Parameters, as GEMMs read them.
+        gradients: Gradient buffers.
+        optimizer: Main parameters and moments.
+        norms: Saved by norms and the residual stream.
+        attention: Saved by attention.
+        router: Saved by the router.
+        dispatch: Saved to bring rows home.
+        experts: Saved by routed experts.
+        dense: Saved by dense and shared feed-forwards.
+        logits: Of the output head.
+        graphs: Buffers of recorded launches.
+        workspace: Gradients of activations in the backward pass, and receive buffers.
+    """
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    norms: float
+    attention: float
+    router: float
+    dispatch: float
+    experts: float
+    dense: float
+    logits: float
+    graphs: float
+    workspace: float
+
+    @property
+    def total_bytes(self) -> float:
+        """All tensors."""
+        return sum(self.parts.values())
+
+    @property
+    def needed_bytes(self) -> float:
+        """What the GPU must have: tensors, context and slack."""
+        return self.total_bytes * (1 + SLACK) + CONTEXT_BYTES
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes by part."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "stage"}
+
+
+def memory_of_stages(job: Job) -> tuple[StageMemory, ...]:
+    """The memory of every stage."""
+    dense, moe = layer_saved(job, dense=True), layer_saved(job, dense=False)
+    return tuple(_memory(job, stage, dense, moe) for stage in stages_of(job))
+
+
+def held_params(job: Job, stage: Stage) -> tuple[int, int]:
+    """(dense, expert) parameters that a rank of the stage holds."""
+    layout = job.layout
+    return params_on_rank(stage_weights(job.shape, stage), tp=layout.tp, expert_ranks=layout.expert_ranks)
+
+
+def in_flight(job: Job, stage: Stage) -> float:
+    """Micro-batches whose activations a stage holds at its peak.
+
+    1F1B (arXiv 2104.04473): as many as stages from here to the end. Interleaved: 2 (pp - i - 1) + (v - 1) pp
+    chunks warm up, and one more is in work. Overlapping expert communication works on two at once.
+    """
+    layout = job.layout
+    after = layout.pp - stage.index - 1
+    chunks = after + 1 if layout.vpp == 1 else 2 * after + (layout.vpp - 1) * layout.pp + 1
+    if job.plan.overlap_ep and layout.pp > 1:
+        chunks += 1
+    return min(chunks, job.num_microbatches * layout.vpp) / layout.vpp
+
+
+def _memory(job: Job, stage: Stage, dense: Saved, moe: Saved) -> StageMemory:
+    mtp = job.shape.mtp_layers if stage.has_head else 0
+    # Without a pipeline, overlap interleaves two micro-batches: one's layers appear as the other's go.
+    ahead = 1 if job.plan.overlap_ep and job.layout.pp == 1 else 0
+    count = in_flight(job, stage)
+    of_dense, of_moe = count * stage.dense_layers, count * stage.moe_layers + mtp + ahead
+    saved = {
+        field.name: of_dense * getattr(dense, field.name) + of_moe * getattr(moe, field.name)
+        for field in fields(Saved)
+    }
+    logits = logits_bytes(job) * (1 + job.shape.mtp_layers) if stage.has_head else 0.0
+    layers = stage.dense_layers + stage.moe_layers + mtp
+    return StageMemory(
+        stage=stage.index,
+        **_states(job, stage),
+        **saved,
+        logits=logits,
+        graphs=layers * graph_bytes(job),
+        workspace=(1 + ahead) * workspace_bytes(job),
+    )
+
+
+def _states(job: Job, stage: Stage) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer states."""
+    dense, experts = held_params(job, stage)
+    zero = job.plan.zero
+    whole = dense + experts
+    shared = dense / job.layout.dense_replicas + experts / job.layout.edp
+    held = {level: shared if zero >= level else whole for level in (1, 2, 3)}
+    is_fp32 = job.precision == "fp32"
+    moments = 2 * (4 if job.plan.moments == "fp32" else 2)
+    return {
+        "weights": held[3] * _weight_bytes(job),
+        "gradients": held[2] * (4 if is_fp32 or job.plan.grads == "fp32" else 2),
+        "optimizer": held[1] * (moments + (0 if is_fp32 else 4)),  # fp32 weights are their own main copy
+    }
+
+
+def _weight_bytes(job: Job) -> float:
+    """Two copies of 8 bits, by rows and by columns, take the place of one of 16."""
+    return 2 * (1 + 1 / 32) if job.precision == "mxfp8" else job.wide_bytes

@@ -1,0 +1,288 @@
+"""The kernels of one micro-batch, forward and backward: FLOPs, bytes, launches.
+
+Everything is per rank. T tokens of a micro-batch, D model, F expert hidden, E experts, K top-k, H heads,
+R = T / tp * K rows that experts compute on a rank when loads are even.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from moe.planner.counts import attention_products
+from moe.planner.settings import Job
+from moe.planner.shape import Shape
+
+EIGHT_BITS = ("fp8", "mxfp8")
+# Bytes moved for a logit, forward and backward. In place: read and written in 16 bits. Fused: a copy in
+# fp32 is made, exponentiated and read. Unfused: maximum, difference, exponential, sum and gradient are
+# passes of fp32.
+CROSS_ENTROPY_BYTES = {"in_place": (6, 4), "fused": (14, 10), "unfused": (34, 18)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """One kernel or a few alike.
+
+    Attributes:
+        name: What it computes.
+        kind: What limits it: gemm, attention (fused), or memory.
+        part: What recomputation names.
+        flops: Forward.
+        bytes: Forward, read and written.
+        head_dim: Mean size of the query-key and the value heads of attention.
+        backward_flops: Backward.
+        backward_bytes: Backward.
+        launches: Kernels forward.
+        backward_launches: Kernels backward.
+        of_experts: Grows with the load of the busiest rank.
+        precision: Of the operands of products, a key of Gpu.peak_flops.
+    """
+
+    name: str
+    kind: Literal["gemm", "attention", "memory"]
+    part: str = ""
+    flops: float = 0.0
+    bytes: float = 0.0
+    head_dim: float = 0.0
+    backward_flops: float = 0.0
+    backward_bytes: float = 0.0
+    launches: int = 1
+    backward_launches: int = 2
+    of_experts: bool = False
+    precision: str = "bf16"
+
+
+def layer_ops(job: Job, *, dense: bool) -> list[Op]:
+    """The kernels of one transformer layer."""
+    feed_forward = _dense_ops(job) if dense else _moe_ops(job)
+    return [*_norm_ops(job), *_attention_ops(job), *feed_forward]
+
+
+def head_ops(job: Job) -> list[Op]:
+    """Final norm, output head and cross entropy; MTP has its own pass through them."""
+    T, V, tp = job.tokens, job.shape.vocab_size, job.layout.tp
+    logits = T * V / tp
+    forward, backward = CROSS_ENTROPY_BYTES[job.plan.cross_entropy]
+    loss = _memory("cross entropy", "", forward * logits, backward * logits, launches=4)
+    precision = "" if job.plan.fp8_head or job.precision not in EIGHT_BITS else "bf16"
+    return [*_linear(job, "head", T, V // tp, job.shape.hidden_size, precision=precision), loss]
+
+
+def embedding_ops(job: Job) -> list[Op]:
+    """Gather forward, scatter-add backward."""
+    moved = job.tokens / job.layout.tp * job.shape.hidden_size * job.wide_bytes
+    return [Op(name="embedding", kind="memory", bytes=2 * moved, backward_bytes=3 * moved)]
+
+
+def mtp_ops(job: Job) -> list[Op]:
+    """One prediction depth: the projection of two streams, an expert layer, the head again."""
+    D, T, tp = job.shape.hidden_size, job.tokens, job.layout.tp
+    join = _linear(job, "mtp projection", T, D // tp, 2 * D)
+    return [*join, *layer_ops(job, dense=False), *head_ops(job)]
+
+
+def _memory(
+    name: str, part: str, forward: float, backward: float, *, launches: int = 1, backward_launches: int = 2
+) -> Op:
+    """A streaming kernel: bytes forward and backward."""
+    return Op(
+        name=name,
+        kind="memory",
+        part=part,
+        bytes=forward,
+        backward_bytes=backward,
+        launches=launches,
+        backward_launches=backward_launches,
+    )
+
+
+def _linear(
+    job: Job,
+    name: str,
+    M: float,
+    N: float,
+    K: float,
+    *,
+    part: str = "",
+    groups: int = 1,
+    of_experts: bool = False,
+    precision: str = "",
+) -> list[Op]:
+    """A GEMM [M, K] x [K, N], and the quantisation of its operands if they have 8 bits.
+
+    Args:
+        job: For precisions.
+        name: Of the op.
+        M: Rows over all groups.
+        N: Columns.
+        K: Inner length.
+        part: What recomputation calls it.
+        groups: Experts, each with a weight of its own.
+        of_experts: Grows with the load of the busiest rank.
+        precision: Of the operands; empty is the job's.
+    """
+    precision = precision or job.precision
+    fp8, wide = precision in EIGHT_BITS, job.wide_bytes
+    operand = 1 if fp8 else wide
+    weight = groups * K * N
+    gradient = 4 if job.plan.grads == "fp32" else 2
+    gemm = Op(
+        name=name,
+        kind="gemm",
+        part=part,
+        flops=2 * M * N * K,
+        bytes=operand * (M * K + weight) + wide * M * N,
+        backward_flops=4 * M * N * K,
+        # Input gradient: dY, W in, dX out. Weight gradient: dY, X in, accumulated into the gradient buffer.
+        backward_bytes=operand * (2 * M * N + weight + M * K) + wide * M * K + 2 * gradient * weight,
+        of_experts=of_experts,
+        precision=precision,
+    )
+    if not fp8:
+        return [gemm]
+    per_number = _quantize_bytes(job, precision)
+    forward, backward = M * K * per_number, M * N * per_number
+    quantize = _memory(f"quantize {name}", part, forward, backward, backward_launches=1)
+    return [gemm, replace(quantize, of_experts=of_experts)]
+
+
+def _quantize_bytes(job: Job, precision: str) -> float:
+    """Bytes that quantising a number moves: it is written by rows and by columns, for its two products.
+
+    A scale for a whole tensor needs a pass of its own to find the largest number. Fused into the kernel that
+    makes the tensor, two writes of 8 bits replace that kernel's one of 16; a byte stands for scales and for
+    what a kernel with two results loses.
+    """
+    if job.plan.kernels == "te_fused":
+        return 1
+    return (2 if precision == "fp8" else 1) * job.wide_bytes + 2
+
+
+def _norm_ops(job: Job) -> Iterator[Op]:
+    """Two norms and two residual sums over the tokens of this rank."""
+    moved = job.tokens / job.layout.tp * job.shape.hidden_size * job.wide_bytes
+    yield _memory("layer norms", "layernorm", 2 * 2 * moved, 2 * 4 * moved, launches=2, backward_launches=4)
+    yield _memory("residuals", "", 2 * 3 * moved, 2 * 2 * moved, launches=2)
+
+
+def _attention_ops(job: Job) -> Iterator[Op]:
+    attention, T, tp = job.shape.attention, job.tokens, job.layout.tp
+    D, H = job.shape.hidden_size, attention.num_heads / tp
+    groups = attention.num_groups / tp
+    wide = job.wide_bytes
+    if attention.is_latent:
+        yield from _latent_ops(job)
+    else:
+        qkv = H * attention.qk_dim + groups * (attention.qk_dim + attention.v_dim)
+        yield from _linear(job, "qkv", T, qkv, D)
+    q_and_k = T * (H + groups) * attention.qk_dim * wide
+    passes = 2 + (attention.qk_norm != "none")  # split to contiguous heads, rotate, norm
+    yield _memory(
+        "rotate and norm heads",
+        "mla_up_proj" if attention.is_latent else "",
+        2 * passes * q_and_k,
+        3 * passes * q_and_k,
+        launches=2 * passes,
+        backward_launches=2 * passes,
+    )
+    # Two products forward, five backward: the query-key product is computed again (arXiv 2205.14135).
+    products = attention_products(job.shape, job.seq_length) / _layers(job.shape) * T / tp
+    yield Op(
+        name="attention",
+        kind="attention",
+        part="core_attn",
+        flops=2 * products,
+        head_dim=(attention.qk_dim + attention.v_dim) / 2,
+        backward_flops=5 * products,
+        precision="fp8" if job.plan.fp8_attention else "bf16",
+    )
+    yield from _linear(job, "attention out", T, D, H * attention.v_dim)
+
+
+def _layers(shape: Shape) -> int:
+    return shape.num_layers + shape.mtp_layers
+
+
+def _latent_ops(job: Job) -> Iterator[Op]:
+    """Compression on the tokens of this rank, projections to its heads on all tokens of the group."""
+    attention, T, tp, D = job.shape.attention, job.tokens, job.layout.tp, job.shape.hidden_size
+    H, wide = attention.num_heads / tp, job.wide_bytes
+    if attention.q_lora_rank:
+        yield from _linear(job, "q down", T / tp, attention.q_lora_rank, D)
+    yield from _linear(job, "kv down", T / tp, attention.kv_lora_rank + attention.rope_dim, D)
+    compressed = T / tp * (attention.q_lora_rank + attention.kv_lora_rank) * wide
+    yield _memory("latent norms", "", 2 * compressed, 4 * compressed, launches=2, backward_launches=4)
+    up = "mla_up_proj"
+    yield from _linear(job, "q up", T, H * attention.qk_dim, attention.q_lora_rank or D, part=up)
+    kv = attention.qk_dim - attention.rope_dim + attention.v_dim
+    yield from _linear(job, "kv up", T, H * kv, attention.kv_lora_rank, part=up)
+
+
+def _dense_ops(job: Job) -> Iterator[Op]:
+    yield from _swiglu(job, "dense mlp", job.tokens, job.shape.ffn_hidden_size / job.layout.tp, part="mlp")
+
+
+def _swiglu(
+    job: Job,
+    name: str,
+    rows: float,
+    hidden: float,
+    *,
+    part: str,
+    groups: int = 1,
+    of_experts: bool = False,
+) -> Iterator[Op]:
+    """Gate and up in one GEMM, the activation, down."""
+    D, precision = job.shape.hidden_size, job.expert_precision if of_experts else ""
+    linear = partial(_linear, job, part=part, groups=groups, of_experts=of_experts, precision=precision)
+    yield from linear(f"{name} up", rows, 2 * hidden, D)
+    moved = rows * hidden * job.wide_bytes
+    # Fused: reads gate and up, writes the product. Ours fuses in experts only: silu, a copy of up, product.
+    forward, backward = (3, 5) if job.plan.is_te or of_experts else (7, 12)
+    act_part = "moe_act" if of_experts else part
+    act = _memory(f"{name} act", act_part, forward * moved, backward * moved, backward_launches=1)
+    yield replace(act, of_experts=of_experts)
+    yield from linear(f"{name} down", rows, D, hidden)
+
+
+def _moe_ops(job: Job) -> Iterator[Op]:
+    shape, layout, T = job.shape, job.layout, job.tokens
+    D, E, wide = shape.hidden_size, shape.num_experts, job.wide_bytes
+    local = T / layout.tp
+    rows = local * shape.top_k
+    yield Op(
+        name="router",
+        kind="gemm",
+        part="router",
+        flops=2 * local * D * E,
+        bytes=local * (D * wide + E * 4),
+        backward_flops=4 * local * D * E,
+        backward_bytes=2 * local * (D * wide + E * 4),
+        launches=3,
+    )
+    index = _memory("top-k and index", "router", local * E * 16, local * E * 12, launches=8)
+    yield replace(index, backward_launches=6)
+    # Rows are sorted by destination and, on arrival, by expert. A fused dispatcher does the first, and our
+    # experts the second: they gather as they multiply.
+    sorts = 1 if job.plan.dispatcher == "deepep" or layout.ep == 1 else 2
+    sorts -= 0 if job.plan.is_te else 1
+    row_bytes = rows * D * wide
+    moved = 2 * sorts * row_bytes
+    permute = _memory("permute", "", moved, moved, launches=3 * sorts, backward_launches=sorts)
+    yield replace(permute, of_experts=True)
+    yield from _swiglu(
+        job,
+        "experts",
+        rows * layout.etp,
+        shape.expert_hidden_size / layout.etp,
+        part="moe",
+        groups=E // layout.ep,
+        of_experts=True,
+    )
+    yield _memory("combine", "", (sorts + 1) * row_bytes, (sorts + 1) * row_bytes, launches=2 * sorts)
+    if shape.shared_hidden_size:
+        width = shape.shared_hidden_size / layout.tp
+        yield from _swiglu(job, "shared expert", T, width, part="shared_experts")

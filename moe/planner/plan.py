@@ -1,0 +1,132 @@
+"""All that is known of a job, as one object: counts, memory, time, energy, the whole run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moe.planner.campaign import Campaign, campaign
+from moe.planner.counts import (
+    flops_per_token,
+    params_active,
+    params_active_no_embedding,
+    params_total,
+)
+from moe.planner.energy import Energy, step_energy
+from moe.planner.evidence import evidence
+from moe.planner.memory import GIB, StageMemory, memory_of_stages
+from moe.planner.settings import Job
+from moe.planner.site import Site
+from moe.planner.step import StepTime, step_time
+
+COMMUNICATION = {"tp": "tp_s", "ep": "ep_s", "pp": "pp_s", "dp": "dp_s"}
+ADVICE = {
+    "math_s": "matrix products: a lower precision, or fewer parts recomputed",
+    "memory_s": "streaming kernels: fused kernels, a larger micro-batch, gradients in bf16",
+    "launch_s": "Python cannot launch fast enough: CUDA graphs, a larger micro-batch",
+    "tp_s": "tensor parallelism: a smaller parallel.tp",
+    "ep_s": "expert exchange: plan.overlap_ep, dispatcher deepep, ep within an NVLink domain, limited nodes",
+    "pp_s": "pipeline transfers: plan.overlap_p2p, fewer chunks",
+    "bubble_s": "pipeline bubble: more micro-batches, more chunks (plan.vpp), fewer stages",
+    "dp_s": "gradient exchange: plan.overlap_grads, gradients in bf16, larger batches",
+    "optimizer_s": "optimizer: more data-parallel replicas to share it, moments in bf16",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A job and what follows from it.
+
+    Attributes:
+        job: What was asked.
+        memory: Of every stage.
+        time: Of a step.
+        energy: Of a step.
+        campaign: Of the whole run.
+        site: Where.
+    """
+
+    job: Job
+    memory: tuple[StageMemory, ...]
+    time: StepTime
+    energy: Energy
+    campaign: Campaign
+    site: Site
+
+    @property
+    def fullest(self) -> StageMemory:
+        """The stage that needs most memory."""
+        return max(self.memory, key=lambda stage: stage.total_bytes)
+
+    @property
+    def short_bytes(self) -> int:
+        """Memory that a GPU lacks; 0 if the job fits."""
+        return max(0, round(self.fullest.needed_bytes - self.job.gpu.memory_bytes))
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        """Speed."""
+        return self.job.tokens_per_step / self.time.step_s / self.job.layout.gpus
+
+    @property
+    def attack(self) -> str:
+        """The cause, matrix products aside, that takes most of a step."""
+        causes = {cause: s for cause, s in self.time.spent.parts.items() if cause != "math_s"}
+        return max(causes, key=causes.__getitem__)
+
+
+def make_plan(job: Job, steps: int, site: Site | None = None) -> Plan:
+    """Plan `steps` steps of a job at a site."""
+    site = site or Site()
+    time = step_time(job)
+    energy = step_energy(job, time, pue=site.pue)
+    return Plan(
+        job=job,
+        memory=memory_of_stages(job),
+        time=time,
+        energy=energy,
+        campaign=campaign(job, steps, time.step_s, energy, site),
+        site=site,
+    )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The object that `moe plan --json` prints."""
+    job, time, energy = plan.job, plan.time, plan.energy
+    flops = flops_per_token(job.shape, job.seq_length)
+    exposed = {kind: getattr(time.spent, cause) for kind, cause in COMMUNICATION.items()}
+    values: dict[str, Any] = {
+        "params_total": params_total(job.shape),
+        "params_active": params_active(job.shape),
+        "params_active_no_embedding": params_active_no_embedding(job.shape),
+        "flops_per_token": flops,
+        "step_s": time.step_s,
+        "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
+        "tflops_per_gpu": plan.tokens_per_s_per_gpu * flops / 1e12,
+        "memory_gib_worst_rank": plan.fullest.total_bytes / GIB,
+        "exposed_comm_s": sum(exposed.values()),
+        "energy_j_per_step": energy.gpu_j,
+        "tokens_per_j": energy.tokens_per_j,
+    }
+    return {
+        **values,
+        "gpu": job.gpu.name,
+        "layout": {**asdict(job.layout), "dp": job.layout.dp, "edp": job.layout.edp},
+        "num_microbatches": job.num_microbatches,
+        "precision": job.precision,
+        "plan": job.plan.model_dump(mode="json"),
+        "exposed_comm_s_by_kind": exposed,
+        "time_s_by_cause": time.spent.parts,
+        "imbalance": time.imbalance,
+        "attack": f"{plan.attack}: {ADVICE[plan.attack]}",
+        "fits": plan.short_bytes == 0,
+        "short_bytes": plan.short_bytes,
+        "memory_gib_by_stage": [
+            {"stage": stage.stage, **{name: value / GIB for name, value in stage.parts.items()}}
+            for stage in plan.memory
+        ],
+        "energy": asdict(energy),
+        "campaign": asdict(plan.campaign),
+        "site": plan.site.model_dump(),
+        "evidence": evidence(job, values),
+    }

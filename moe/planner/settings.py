@@ -1,0 +1,217 @@
+"""What a plan assumes beside a run's config: the section `plan`, and how a config becomes a Job.
+
+The defaults describe what `moe train` does today. Published runs state other choices, which overrides say:
+`plan.precision=mxfp8 plan.dispatcher=deepep plan.overlap_ep=true`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moe.config.load import load_as
+from moe.config.rules import RULES
+from moe.config.schema import Count, CountOrZero, RunConfig, Section
+from moe.errors import InputError
+from moe.planner.hardware import Gpu
+from moe.planner.layout import Layout
+from moe.planner.shape import Shape, shape_of
+
+Precision = Literal["fp32", "bf16", "fp8", "mxfp8"]
+Recompute = Literal[
+    "full", "layernorm", "core_attn", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"
+]
+# The planner spreads any number of layers over stages and knows context parallelism, which `moe train` lacks.
+_ONLY_OF_TRAINING = {("parallel.pp", "model.num_layers"), ("parallel.cp",)}
+
+# Of model.expert_precision; wide is train.precision. Scales that are powers of two cost what others do.
+_EXPERTS: dict[str, Precision | None] = {
+    "wide": None,
+    "fp8": "fp8",
+    "fp8_power_of_two": "fp8",
+    "mxfp8": "mxfp8",
+}
+
+
+class PlanSection(Section):
+    """Assumptions of a plan that no run of ours has a key for.
+
+    Attributes:
+        precision: Of the GEMMs; None takes train.precision, and model.expert_precision in experts. fp8 has
+            one scale a tensor, mxfp8 one for 32 numbers.
+        grads: Of the gradient buffers and their reduction.
+        moments: Of Adam's two moments.
+        zero: What data-parallel ranks share out: 0 nothing, 1 optimizer states, 2 gradients, 3 weights.
+        vpp: Model chunks of a pipeline rank (interleaved 1F1B, arXiv 2104.04473).
+        etp: Ranks that split each expert.
+        stage_layers: Layers of each pipeline stage; empty balances them.
+        recompute: Parts computed again in the backward pass (arXiv 2205.05198).
+        routing: natural loads experts unevenly; balanced is the upper bound that published tables use.
+        dispatcher: alltoall sends a row for each expert, deepep one for each rank or node, in fused kernels.
+        overlap_ep: Expert communication runs beside the compute of another micro-batch.
+        overlap_grads: Gradients are reduced during the last backward pass.
+        overlap_params: Updated weights are gathered during the first forward pass.
+        overlap_p2p: Pipeline transfers run beside compute.
+        cuda_graph: none launches each kernel from Python; partial and full replay recorded launches.
+        kernels: Whose saved activations and fusions: ours; torch, the same on a CPU; te, Transformer Engine;
+            te_fused, the same with quantisation fused into the experts' activation and permutation.
+        cross_entropy: unfused; fused, in fewer passes (Megatron's own); in_place turns the logits into their
+            gradient without an fp32 copy (Transformer Engine's).
+        fp8_attention: The attention products take 8-bit operands, too.
+        fp8_head: The output head takes 8-bit operands, too.
+    """
+
+    precision: Precision | None = None
+    grads: Literal["fp32", "bf16"] = "fp32"
+    moments: Literal["fp32", "bf16"] = "fp32"
+    zero: Literal[0, 1, 2, 3] = 1
+    vpp: Count = 1
+    etp: Count = 1
+    stage_layers: tuple[CountOrZero, ...] = ()
+    recompute: tuple[Recompute, ...] = ()
+    routing: Literal["natural", "balanced"] = "natural"
+    dispatcher: Literal["alltoall", "deepep"] = "alltoall"
+    overlap_ep: bool = False
+    overlap_grads: bool = False
+    overlap_params: bool = False
+    overlap_p2p: bool = True
+    cuda_graph: Literal["none", "partial", "full"] = "none"
+    kernels: Literal["ours", "te", "te_fused", "torch"] = "ours"
+    cross_entropy: Literal["unfused", "fused", "in_place"] = "unfused"
+    fp8_attention: bool = False
+    fp8_head: bool = False
+
+    @property
+    def is_te(self) -> bool:
+        """Whether Transformer Engine computes, fused or not."""
+        return self.kernels in ("te", "te_fused")
+
+
+class PlanConfig(RunConfig):
+    """A run's config and the plan's assumptions."""
+
+    plan: PlanSection = PlanSection()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that decides a plan.
+
+    Attributes:
+        shape: Sizes of the model.
+        gpu: Kind of GPU.
+        layout: Ranks along each axis.
+        seq_length: Tokens of a sequence.
+        global_batch: Sequences a step.
+        micro_batch: Sequences at once on a data-parallel rank.
+        precision: Of the GEMMs.
+        expert_precision: Of those of routed experts.
+        plan: The other assumptions.
+    """
+
+    shape: Shape
+    gpu: Gpu
+    layout: Layout
+    seq_length: int
+    global_batch: int
+    micro_batch: int
+    precision: Precision
+    expert_precision: Precision
+    plan: PlanSection
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of a step on each data-parallel rank."""
+        return self.global_batch // (self.micro_batch * self.layout.dp)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a step over all ranks."""
+        return self.global_batch * self.seq_length
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one rank outside tensor parallelism."""
+        return self.micro_batch * self.seq_length // self.layout.cp
+
+    @property
+    def wide_bytes(self) -> int:
+        """Bytes of an activation, a weight or a message that is not quantised."""
+        return 4 if self.precision == "fp32" else 2
+
+
+def load_plan_config(path: Path, overrides: Sequence[str] = ()) -> PlanConfig:
+    """Read a recipe with the keys of `moe train` and of `plan`.
+
+    Raises:
+        InputError: As load_config.
+    """
+    rules = [rule for rule in RULES if rule.keys not in _ONLY_OF_TRAINING]
+    return load_as(PlanConfig, path, overrides, world_size=None, rules=rules)
+
+
+def make_job(config: PlanConfig, gpus: int, gpu: Gpu) -> Job:
+    """Join config, hardware and layout.
+
+    Raises:
+        InputError: The layout does not fit the number of GPUs, the model or the batch.
+    """
+    job = searched_job(config, gpus, gpu)
+    problems = check(job)
+    if problems:
+        raise InputError("this layout cannot run:\n" + "\n".join(problems))
+    return job
+
+
+def searched_job(config: PlanConfig, gpus: int, gpu: Gpu) -> Job:
+    """As make_job, with a layout that may not fit: a search starts from it."""
+    parallel, plan = config.parallel, config.plan
+    return Job(
+        shape=shape_of(config.model),
+        gpu=gpu,
+        layout=Layout(
+            gpus=gpus,
+            tp=parallel.tp,
+            pp=parallel.pp,
+            vpp=plan.vpp,
+            ep=parallel.ep,
+            etp=plan.etp,
+            cp=parallel.cp,
+        ),
+        seq_length=config.data.seq_length,
+        global_batch=config.train.global_batch_size,
+        micro_batch=config.train.micro_batch_size,
+        precision=plan.precision or config.train.precision,
+        expert_precision=plan.precision or _EXPERTS[config.model.expert_precision] or config.train.precision,
+        plan=plan,
+    )
+
+
+def check(job: Job) -> list[str]:
+    """Why a job cannot be laid out so, one sentence for each reason."""
+    layout, shape = job.layout, job.shape
+    problems = layout.problems(shape.num_experts)
+    if problems:  # dp below would be no whole number
+        return problems
+    chunks = layout.pp * layout.vpp
+    if chunks > shape.num_layers + shape.mtp_layers + 1:
+        problems.append(f"{layout.pp} stages x {layout.vpp} chunks are more than {shape.num_layers} layers")
+    heads, groups = shape.attention.num_heads, shape.attention.num_groups
+    if heads % layout.tp or (not shape.attention.is_latent and groups % layout.tp):
+        problems.append(f"parallel.tp={layout.tp} does not divide {heads} heads in {groups} groups")
+    if job.global_batch % (job.micro_batch * layout.dp):
+        problems.append(
+            f"train.global_batch_size={job.global_batch} is no multiple of "
+            f"train.micro_batch_size * dp = {job.micro_batch} * {layout.dp}"
+        )
+    stages = job.plan.stage_layers
+    if stages and (len(stages) != layout.pp or sum(stages) != shape.num_layers):
+        problems.append(
+            f"plan.stage_layers={list(stages)} must be {layout.pp} numbers whose sum is {shape.num_layers}"
+        )
+    for precision in sorted({job.precision, job.expert_precision} - job.gpu.peak_flops.keys()):
+        allowed = ", ".join(job.gpu.peak_flops)
+        problems.append(f"plan.precision={precision} is not of {job.gpu.name}; allowed: {allowed}")
+    return problems

@@ -1,0 +1,286 @@
+"""How long one optimizer step takes, and what it is spent on.
+
+The slowest pipeline stage works through all micro-batches; the pipeline fills and drains once (the bubble);
+then gradients are reduced, the optimizer runs, weights are gathered. Every term is a sum of kernels
+(roofline.py) and exchanges (collectives.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import reduce
+
+from moe.planner import collectives
+from moe.planner.imbalance import imbalance
+from moe.planner.memory import held_params
+from moe.planner.ops import Op, embedding_ops, head_ops, layer_ops, mtp_ops
+from moe.planner.roofline import backward_time, forward_time
+from moe.planner.settings import Job
+from moe.planner.stages import Stage, stages_of
+
+# Share of kernels that Python still launches: a partial graph records attention, router and index, not
+# experts.
+LAUNCHED = {"none": 1.0, "partial": 0.5, "full": 0.0}
+# The backward pass is launched by C++ (autograd), about twice as fast as Python's forward.
+BACKWARD_LAUNCH = 0.5
+# Share of the last backward (first forward) pass beside which gradients (weights) travel; the rest is over
+# before the first bucket is full, or not yet begun.
+HIDING_SHARE = 0.8
+BACKWARD_SHARE = 2 / 3  # of a micro-batch: two products for each of the forward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """Seconds by cause; adds and scales.
+
+    Attributes:
+        math_s: Tensor cores.
+        memory_s: Streaming kernels and what kernels stream.
+        launch_s: The GPU waits for Python.
+        tp_s: Exposed tensor- and context-parallel communication.
+        ep_s: Exposed expert communication, and compute lost to what is hidden.
+        pp_s: Exposed transfers between stages.
+        bubble_s: The pipeline fills and drains.
+        dp_s: Exposed reduction of gradients and gathering of weights.
+        optimizer_s: The update.
+    """
+
+    math_s: float = 0.0
+    memory_s: float = 0.0
+    launch_s: float = 0.0
+    tp_s: float = 0.0
+    ep_s: float = 0.0
+    pp_s: float = 0.0
+    bubble_s: float = 0.0
+    dp_s: float = 0.0
+    optimizer_s: float = 0.0
+
+    def __add__(self, other: Spent) -> Spent:
+        """Sum of each cause."""
+        return Spent(**{name: value + getattr(other, name) for name, value in self.parts.items()})
+
+    def times(self, factor: float) -> Spent:
+        """Each cause multiplied."""
+        return Spent(**{name: value * factor for name, value in self.parts.items()})
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds by cause, in the order above."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def total_s(self) -> float:
+        """All of it."""
+        return math.fsum(self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """One step.
+
+    Attributes:
+        spent: On the slowest stage.
+        microbatch_s: Forward and backward of one micro-batch on each stage.
+        forward_share: What part of it is forward.
+        imbalance: Load of the busiest expert rank over the mean.
+        expert_exchange_s: All expert communication of the slowest stage, hidden or not.
+    """
+
+    spent: Spent
+    microbatch_s: tuple[float, ...]
+    forward_share: tuple[float, ...]
+    imbalance: float
+    expert_exchange_s: float
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return self.spent.total_s
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Forward and backward of some layers for one micro-batch, before overlap of expert communication."""
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    math_s: float = 0.0
+    launch_cpu_s: float = 0.0
+    tp_s: float = 0.0
+    ep_s: float = 0.0
+
+    def __add__(self, other: _Pass) -> _Pass:
+        return _Pass(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def times(self, count: int) -> _Pass:
+        return _Pass(*(getattr(self, f.name) * count for f in fields(self)))
+
+
+def step_time(job: Job) -> StepTime:
+    """The time of one step, from closed forms alone."""
+    passes = _stage_passes(job)
+    microbatch = [_overlapped(job, one) for one in passes]
+    times = tuple(spent.total_s for spent in microbatch)
+    worst = max(range(len(times)), key=times.__getitem__)
+    m = job.num_microbatches
+    mean_s = sum(times) / len(times)
+    bubble_s = (job.layout.pp - 1) / job.layout.vpp * mean_s
+    spent = (
+        microbatch[worst].times(m)
+        + Spent(bubble_s=bubble_s, pp_s=_pipeline_s(job) * m)
+        + _update(job, stages_of(job)[worst], times[worst])
+    )
+    return StepTime(
+        spent=spent,
+        microbatch_s=times,
+        forward_share=tuple(one.forward_s / ((one.forward_s + one.backward_s) or 1.0) for one in passes),
+        imbalance=imbalance(job),
+        expert_exchange_s=passes[worst].ep_s * m,
+    )
+
+
+def _stage_passes(job: Job) -> list[_Pass]:
+    dense, moe = _layer_pass(job, dense=True), _layer_pass(job, dense=False)
+    passes = []
+    for stage in stages_of(job):
+        ends = _Pass()
+        if stage.has_embedding:
+            ends += _ops_pass(job, embedding_ops(job))
+        if stage.has_head:
+            ends += _ops_pass(job, head_ops(job))
+            ends += _mtp_pass(job).times(job.shape.mtp_layers)
+        passes.append(dense.times(stage.dense_layers) + moe.times(stage.moe_layers) + ends)
+    return passes
+
+
+def _layer_pass(job: Job, *, dense: bool) -> _Pass:
+    compute = _ops_pass(job, layer_ops(job, dense=dense))
+    return compute + _tensor_pass(job, dense=dense) + (_Pass() if dense else _expert_pass(job))
+
+
+def _mtp_pass(job: Job) -> _Pass:
+    return _ops_pass(job, mtp_ops(job)) + _tensor_pass(job, dense=False) + _expert_pass(job)
+
+
+def _ops_pass(job: Job, ops: Iterable[Op]) -> _Pass:
+    busiest = imbalance(job)
+    return reduce(_Pass.__add__, (_op_pass(job, op, busiest if op.of_experts else 1.0) for op in ops))
+
+
+def _op_pass(job: Job, op: Op, load: float) -> _Pass:
+    forward, backward = forward_time(op, job.gpu), backward_time(op, job.gpu)
+    again = 1 if _is_recomputed(job, op) else 0
+    launches = forward.launches * (1 + again) + backward.launches * BACKWARD_LAUNCH
+    return _Pass(
+        forward_s=load * forward.total_s,
+        backward_s=load * (backward.total_s + again * forward.total_s),
+        math_s=load * (forward.math_s * (1 + again) + backward.math_s),
+        launch_cpu_s=launches * job.gpu.launch_s * LAUNCHED[job.plan.cuda_graph],
+    )
+
+
+def _is_recomputed(job: Job, op: Op) -> bool:
+    chosen = job.plan.recompute
+    return "full" in chosen or op.part in chosen or (op.part == "moe_act" and "moe" in chosen)
+
+
+def _tensor_pass(job: Job, *, dense: bool) -> _Pass:
+    """Sequence parallelism gathers before and scatters after each block (arXiv 2205.05198, section 4.2.2).
+
+    Backward does the same, and gathers each block's input once more for the weight gradient.
+    """
+    layout, gpu, shape = job.layout, job.gpu, job.shape
+    activations = job.tokens * shape.hidden_size * job.wide_bytes
+    tp_blocks = 2 if dense or shape.shared_hidden_size else 1
+    forward = 2 * tp_blocks * collectives.gather_s(activations, collectives.tensor_group(layout, gpu), gpu)
+    if not dense and layout.etp > 1:
+        rows = activations / layout.tp * shape.top_k * layout.etp
+        forward += 2 * collectives.gather_s(rows, collectives.expert_tensor_group(layout, gpu), gpu)
+    again = 1 if "full" in job.plan.recompute else 0
+    exchanged = forward * (1 + 1.5 + again)
+    if layout.cp > 1:
+        kv = shape.attention.num_groups / layout.tp * (shape.attention.qk_dim + shape.attention.v_dim)
+        whole = job.tokens * layout.cp * kv * job.wide_bytes
+        exchanged += 3 * collectives.gather_s(whole, collectives.context_group(layout, gpu), gpu)
+    return _Pass(tp_s=exchanged)
+
+
+def _expert_pass(job: Job) -> _Pass:
+    """Dispatch and combine, forward and backward."""
+    layout, gpu, shape = job.layout, job.gpu, job.shape
+    group = collectives.expert_group(layout, gpu)
+    exchange = collectives.Exchange(
+        tokens=job.tokens / layout.tp,
+        top_k=shape.top_k,
+        row_bytes=shape.hidden_size * job.wide_bytes,
+        dedup=job.plan.dispatcher == "deepep",
+        max_domains=shape.top_groups * -(-group.domains // shape.num_groups),
+    )
+    once = collectives.exchange_s(exchange, group, gpu)
+    again = 2 if {"full", "moe"} & {*job.plan.recompute} else 0
+    return _Pass(ep_s=once * (4 + again) * imbalance(job))
+
+
+def _overlapped(job: Job, one: _Pass) -> Spent:
+    """Causes of one micro-batch, with expert communication beside compute if asked for."""
+    busy_s = one.forward_s + one.backward_s
+    hidden_s = min(job.gpu.efficiency.ep_hidden * one.ep_s, busy_s) if job.plan.overlap_ep else 0.0
+    exposed_s = one.ep_s - hidden_s * (1 - job.gpu.efficiency.ep_sms)
+    return Spent(
+        math_s=one.math_s,
+        memory_s=busy_s - one.math_s,
+        launch_s=max(0.0, one.launch_cpu_s - busy_s - one.tp_s - exposed_s),
+        tp_s=one.tp_s,
+        ep_s=exposed_s,
+    )
+
+
+def _pipeline_s(job: Job) -> float:
+    """Exposed transfers between stages, for a micro-batch: forward and backward of each chunk."""
+    layout = job.layout
+    if layout.pp == 1:
+        return 0.0
+    sent = job.tokens / layout.tp * job.shape.hidden_size * job.wide_bytes
+    near = layout.gpus // layout.pp < job.gpu.nvlink_domain
+    once_s = collectives.send_s(sent, job.gpu, near=near)
+    return 2 * layout.vpp * (collectives.HOP_S if job.plan.overlap_p2p else once_s)
+
+
+def _update(job: Job, stage: Stage, microbatch_s: float) -> Spent:
+    """Reduce gradients, update, gather weights; once a step."""
+    dense, experts = held_params(job, stage)
+    groups = (
+        (dense, collectives.dense_group(job.layout, job.gpu)),
+        (experts, collectives.expert_data_group(job.layout, job.gpu)),
+    )
+    gradient = 4 if job.plan.grads == "fp32" else 2
+    reduce_s = sum(collectives.gather_s(params * gradient, group, job.gpu) for params, group in groups)
+    weight = 1 if job.precision == "mxfp8" else job.wide_bytes
+    gather_s = sum(collectives.gather_s(params * weight, group, job.gpu) for params, group in groups)
+    if job.plan.zero == 0:
+        gather_s = reduce_s  # an all-reduce is a reduce-scatter and an all-gather of gradients
+    beside_s = HIDING_SHARE * microbatch_s
+    if job.plan.zero == 3:  # weights are gathered forward and backward in every micro-batch, beside compute
+        exposed_s = max(0.0, 2 * gather_s + reduce_s - beside_s) * job.num_microbatches
+    else:
+        hidden_reduce_s = beside_s * BACKWARD_SHARE if job.plan.overlap_grads else 0.0
+        hidden_gather_s = beside_s * (1 - BACKWARD_SHARE) if job.plan.overlap_params else 0.0
+        exposed_s = max(0.0, reduce_s - hidden_reduce_s) + max(0.0, gather_s - hidden_gather_s)
+    return Spent(dp_s=exposed_s, optimizer_s=_optimizer_s(job, dense, experts))
+
+
+def _optimizer_s(job: Job, dense: int, experts: int) -> float:
+    """Time to stream the states through Adam. Every rank updates its share if they are shared out, else all.
+
+    All gradients are zeroed and scaled; of the share, the norm reads and clipping rewrites gradients, Adam
+    reads gradient, weight and moments and writes all but the gradient, and weights are copied to the model.
+    """
+    share = (1, 1) if job.plan.zero == 0 else (job.layout.dense_replicas, job.layout.edp)
+    moment = 4 if job.plan.moments == "fp32" else 2
+    gradient = 4 if job.plan.grads == "fp32" else 2
+    per_param = 4 * gradient + 2 * 4 + 2 * 2 * moment + 4 + job.wide_bytes
+    whole = 3 * gradient * (dense + experts)
+    updated = per_param * (dense / share[0] + experts / share[1])
+    return (updated + whole) / (job.gpu.hbm_bytes_per_s * job.gpu.efficiency.hbm)

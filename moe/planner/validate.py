@@ -1,0 +1,127 @@
+"""The planner against published runs: every row is rerun through the same door as a user's plan.
+
+Errors are shown as they are. Nothing in the planner knows a row; tests/planner checks that.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe.planner.hardware_file import find_gpu
+from moe.planner.memory import GIB, memory_of_stages
+from moe.planner.settings import load_plan_config, make_job
+from moe.planner.step import step_time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A published run.
+
+    Attributes:
+        id: Number in the table of sources, and what was run.
+        source: Who measured.
+        config: Name of a model of this folder; empty if the run cannot be planned.
+        gpu: Kind of GPU.
+        gpus: How many.
+        overrides: What the run states.
+        step_s: Measured seconds of a step; 0 if its speed was published as tokens.
+        tokens_per_s_per_gpu: Measured speed; 0 if its step was published.
+        memory_gib: Measured peak; 0 if unpublished.
+        missing: Why it cannot be planned.
+    """
+
+    id: str
+    source: str
+    config: str = ""
+    gpu: str = ""
+    gpus: int = 0
+    overrides: tuple[str, ...] = ()
+    step_s: float = 0.0
+    tokens_per_s_per_gpu: float = 0.0
+    memory_gib: float = 0.0
+    missing: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A row and what the planner says.
+
+    Attributes:
+        row: The run.
+        measured_s: Its step.
+        planned_s: The planner's.
+        planned_gib: The planner's peak of the fullest rank.
+    """
+
+    row: Row
+    measured_s: float
+    planned_s: float
+    planned_gib: float
+
+    @property
+    def step_error(self) -> float:
+        """Relative; positive is too slow."""
+        return self.planned_s / self.measured_s - 1
+
+    @property
+    def memory_error(self) -> float | None:
+        """Relative; None where memory is unpublished."""
+        return self.planned_gib / self.row.memory_gib - 1 if self.row.memory_gib else None
+
+
+def published_rows() -> tuple[Row, ...]:
+    """The table, in its order."""
+    table = yaml.safe_load((_folder() / "rows.yaml").read_text(encoding="utf-8"))
+    return tuple(_row(entry, table["stacks"]) for entry in table["rows"])
+
+
+def published_config(name: str) -> Path:
+    """The recipe of a published model, by file name."""
+    return _folder() / f"{name}.yaml"
+
+
+@cache
+def validate() -> tuple[Comparison, ...]:
+    """Plan every row that can be planned."""
+    return tuple(_compare(row) for row in published_rows() if not row.missing)
+
+
+def summary(comparisons: tuple[Comparison, ...]) -> dict[str, float]:
+    """Median and worst errors."""
+    steps = [abs(comparison.step_error) for comparison in comparisons]
+    memory = [abs(error) for c in comparisons if (error := c.memory_error) is not None]
+    return {
+        "rows": len(steps),
+        "step_median_abs_error": statistics.median(steps),
+        "step_worst_abs_error": max(steps),
+        "memory_worst_abs_error": max(memory),
+    }
+
+
+def _compare(row: Row) -> Comparison:
+    config = load_plan_config(published_config(row.config), row.overrides)
+    job = make_job(config, row.gpus, find_gpu(row.gpu))
+    speed = row.tokens_per_s_per_gpu * row.gpus
+    return Comparison(
+        row=row,
+        measured_s=row.step_s or job.tokens_per_step / speed,
+        planned_s=step_time(job).step_s,
+        planned_gib=max(stage.total_bytes for stage in memory_of_stages(job)) / GIB,
+    )
+
+
+def _row(entry: dict[str, Any], stacks: dict[str, str]) -> Row:
+    names = entry.pop("stacks", [])
+    overrides = " ".join([*(stacks[name] for name in names), entry.pop("overrides", "")])
+    return Row(**entry, overrides=tuple(overrides.split()))
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("moe.planner"))) / "published"

@@ -1,0 +1,254 @@
+"""Search, what-if, sites and the command: through the door that users take."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_runs import command, environment
+
+from moe.config import load_config
+from moe.errors import InputError
+from moe.planner.command import Request, run_request
+from moe.planner.hardware_file import find_gpu
+from moe.planner.search import search
+from moe.planner.settings import load_plan_config, make_job, searched_job
+from moe.planner.site import Site, load_site
+from moe.planner.step import step_time
+from moe.planner.validate import published_config
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+KIMI = published_config("kimi_k2")
+INTERFACE = {
+    "params_total",
+    "params_active",
+    "params_active_no_embedding",
+    "flops_per_token",
+    "layout",
+    "step_s",
+    "tokens_per_s_per_gpu",
+    "tflops_per_gpu",
+    "memory_gib_worst_rank",
+    "exposed_comm_s",
+    "energy_j_per_step",
+    "tokens_per_j",
+    "evidence",
+}
+
+
+def planned(path: Path = QUICKSTART, *overrides: str, **more: Any) -> dict[str, Any]:
+    request = Request(config=path, overrides=overrides, **{"gpus": 8, "gpu": "h100"} | more)
+    values: dict[str, Any] = json.loads(run_request(request, as_object=True))
+    return values
+
+
+def moe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), env=environment(), capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+
+def test_command_prints_one_object_with_the_fixed_keys() -> None:
+    done = moe("plan", str(QUICKSTART), "--gpus", "2", "--gpu", "b200", "--json", "parallel.ep=2")
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert values.keys() >= INTERFACE
+    assert values["layout"]["ep"] == 2
+    assert values["evidence"]["params_total"]["level"] == "exact"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("plan",), "needs a config"),
+        (("plan", str(QUICKSTART), "--gpu", "v100"), "allowed: h100"),
+        (("plan", str(QUICKSTART), "plan.precison=fp8"), "did you mean plan.precision?"),
+        (("plan", str(QUICKSTART), "--gpus", "5", "parallel.tp=2"), "no multiple of tp*pp*cp"),
+        (("plan", str(QUICKSTART), "plan.precision=mxfp8"), "allowed: fp32, bf16, fp8"),
+        (("plan", str(QUICKSTART), "--site", "atlantis"), "known: sakai, tomakomai"),
+        (("plan", str(QUICKSTART), "--search", "--objective", "joy"), "allowed: time, tokens_per_j"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_requests_exit_with_2_and_say_what_is_allowed(arguments: tuple[str, ...], said: str) -> None:
+    done = moe(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_search_of_a_trillion_is_fast_small_and_needs_no_torch() -> None:
+    script = (
+        "import json, resource, sys\n"
+        "from pathlib import Path\n"
+        "from moe.planner.command import Request, run_request\n"
+        f"request = Request(config=Path({str(KIMI)!r}), overrides=(), gpus=4096, gpu='h100', search=True)\n"
+        "text = run_request(request, as_object=True)\n"
+        "usage = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "heavy = {'torch', 'numpy', 'megatron', 'matplotlib', 'triton'} & set(sys.modules)\n"
+        "cpu_s = usage.ru_utime + usage.ru_stime\n"
+        "print(json.dumps([cpu_s, usage.ru_maxrss, sorted(heavy), json.loads(text)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    cpu_s, peak_kib, heavy, values = json.loads(done.stdout)
+    assert heavy == []
+    assert cpu_s <= 10
+    assert peak_kib <= 2**20
+    assert values["fits"]
+    assert values["search"]["fitting"] <= values["search"]["tried"]
+
+
+def test_search_finds_the_fastest_of_those_that_fit() -> None:
+    config = load_plan_config(KIMI, ("train.global_batch_size=1024",))
+    found = search(config, searched_job(config, 1024, find_gpu("b200")), site=Site())
+    for plan in found.front:
+        assert plan.short_bytes == 0
+        assert plan.time.step_s >= found.best.time.step_s
+    assert any("short by" in one.verdict or "time" in one.verdict for one in found.neighbours)
+    frugal = search(
+        config, searched_job(config, 1024, find_gpu("b200")), site=Site(), objective="tokens_per_j"
+    )
+    assert frugal.best.energy.tokens_per_j >= found.best.energy.tokens_per_j
+
+
+def test_chosen_layout_is_one_that_training_accepts() -> None:
+    values = planned(QUICKSTART, gpus=8, search=True)
+    chosen = values["search"]["overrides"]
+    assert values["search"]["refused_by_train"] == []
+    assert load_config(QUICKSTART, chosen, world_size=8).parallel.ep == values["layout"]["ep"]
+
+
+def test_layout_that_training_refuses_is_named() -> None:
+    values = planned(KIMI, gpus=4096, gpu="h100", search=True)
+    if values["layout"]["pp"] > 1:  # 61 layers are a prime number of them
+        assert any("model.num_layers=61" in reason for reason in values["search"]["refused_by_train"])
+
+
+def test_what_cannot_fit_says_by_how_many_bytes() -> None:
+    config = load_plan_config(KIMI)
+    with pytest.raises(InputError, match=r"short by [\d,]+ bytes"):
+        search(config, searched_job(config, 64, find_gpu("h100")), site=Site())
+    values = planned(KIMI, "parallel.ep=8", gpus=64)
+    assert not values["fits"]
+    assert values["short_bytes"] > 2**30
+
+
+def test_what_if_compares_one_change() -> None:
+    values = planned(KIMI, "parallel.ep=64", "parallel.pp=8", gpus=512, what_if=["plan.recompute=[full]"])
+    (changed,) = values["what_if"]
+    assert changed["memory_gib_worst_rank"] < values["memory_gib_worst_rank"]
+    assert changed["step_s"] > values["step_s"]
+
+
+def test_experts_alone_can_be_quantised() -> None:
+    layout = ("parallel.ep=64", "parallel.pp=8")
+    wide = planned(KIMI, *layout, gpus=512)
+    narrow = planned(KIMI, *layout, "model.expert_precision=fp8", gpus=512)
+    everywhere = planned(KIMI, *layout, "plan.precision=fp8", gpus=512)
+    for key in ("step_s", "memory_gib_worst_rank"):
+        assert everywhere[key] < narrow[key] < wide[key]
+    with pytest.raises(InputError, match="mxfp8 is not of h100"):
+        planned(KIMI, *layout, "model.expert_precision=mxfp8", gpus=512)
+
+
+def test_site_limits_gpus_by_power() -> None:
+    values = planned(KIMI, "parallel.ep=64", "parallel.pp=8", gpus=512, site="tomakomai")
+    run, energy = values["campaign"], values["energy"]
+    watts_each = energy["facility_w"] / 512
+    assert run["site_gpus"] == int(50e6 / watts_each)
+    assert run["t_co2"] == pytest.approx(run["mwh"] * 0.538)
+    assert values["site"]["name"] == "Tomakomai"
+
+
+def test_site_file_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("name: Here\npue: 0.9\n")
+    with pytest.raises(InputError, match="greater than or equal to 1"):
+        load_site(str(path))
+    path.write_text("name: Here\npower_w: 1e6\n")
+    assert load_site(str(path)).power_w == 1e6
+
+
+def test_machine_file_changes_what_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "h800.yaml"
+    path.write_text("base: h100\nnvlink_bytes_per_s: 200e9\nefficiency:\n  gemm_bf16: 0.5\n")
+    gpu, base = find_gpu(str(path)), find_gpu("h100")
+    assert (gpu.name, gpu.nvlink_bytes_per_s, gpu.efficiency.gemm_bf16) == ("h800", 200e9, 0.5)
+    assert (gpu.tdp_w, gpu.efficiency.hbm, gpu.peak_flops) == (
+        base.tdp_w,
+        base.efficiency.hbm,
+        base.peak_flops,
+    )
+    slower, faster = (planned(QUICKSTART, gpus=2, gpu=name)["step_s"] for name in (str(path), "h100"))
+    assert slower > faster
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base: h99\n", "base=h99 must be one of h100"),
+        ("base: h100\nnvlink: 1\n", "unknown key nvlink; allowed: memory_bytes"),
+        ("base: h100\ntdp_w: -1\n", "tdp_w=-1 must be a number above 0"),
+        ("base: h100\nefficiency: {hbm: 1.5}\n", "at most 1"),
+        ("base: h100\nefficiency: 0.5\n", "must be a section"),
+    ],
+)
+def test_machine_file_is_checked(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "machine.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=said):
+        find_gpu(str(path))
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    values = planned(QUICKSTART, search=True, png=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.png", "pareto.png", "step.png"]
+    assert len(values["pictures"]) == 3
+
+
+def test_text_says_the_same_as_the_object() -> None:
+    text = run_request(
+        Request(config=QUICKSTART, overrides=(), gpus=1, gpu="h100", what_if=["plan.recompute=[moe_act]"]),
+        as_object=False,
+    )
+    assert "extrapolated" in text
+    assert "plan.recompute=[moe_act]" in text
+    assert "Attack next" in text
+
+
+def test_validation_as_an_object() -> None:
+    values = json.loads(
+        run_request(Request(config=None, overrides=(), gpus=1, gpu="h100", validate=True), as_object=True)
+    )
+    assert len(values["rows"]) == values["summary"]["rows"]
+    assert all({"id", "step_error", "measured_step_s", "step_s"} <= row.keys() for row in values["rows"])
+
+
+def test_evidence_is_calibrated_only_where_runs_are_alike() -> None:
+    alike = ("parallel.ep=64", "parallel.pp=8", "plan.kernels=te", "plan.precision=bf16")
+    balanced = planned(KIMI, *alike, "plan.routing=balanced", gpus=512)["evidence"]["step_s"]
+    natural = planned(KIMI, *alike, gpus=512)["evidence"]["step_s"]
+    other_gpu = planned(KIMI, *alike, "plan.routing=balanced", gpus=512, gpu="h200")["evidence"]["step_s"]
+    assert [one["level"] for one in (balanced, natural, other_gpu)] == ["calibrated", *["extrapolated"] * 2]
+    width = [one["high"] / one["low"] for one in (balanced, natural, other_gpu)]
+    assert width[0] < min(width[1:])
+
+
+def test_plan_of_a_search_can_be_planned_again() -> None:
+    values = planned(KIMI, gpus=4096, search=True)
+    again = planned(KIMI, *values["search"]["overrides"], gpus=4096)
+    assert again["step_s"] == pytest.approx(values["step_s"])
+
+
+def test_a_hundred_plans_take_less_than_a_second() -> None:
+    config = load_plan_config(KIMI, ("parallel.ep=64", "parallel.pp=8"))
+    job = make_job(config, 512, find_gpu("h100"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    for _ in range(100):
+        step_time(job)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - before < 1.0
