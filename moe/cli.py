@@ -10,13 +10,16 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe import __version__
+from moe.cli_convert import convert_app
+from moe.cli_data import data_app
+from moe.cli_launch import doctor, launch, node
+from moe.cli_shared import AsJson, epilog, note
 from moe.errors import InputError, MoeError, RankLostError, RunInterruptedError
 
 if TYPE_CHECKING:
@@ -25,39 +28,19 @@ if TYPE_CHECKING:
 # A rank that lost another waits this long, so that the launcher sees the one that failed first.
 BLAME_DELAY_S = 2.0
 
-_EXIT_CODES = """\
-Exit codes:
-  0  done
-  1  anything else
-  2  bad input or config
-  3  corrupt data or checkpoint
-  4  a rank was lost"""
-
-
-def _epilog(example: str) -> str:
-    # A paragraph that begins with "\b" keeps its lines; others are filled.
-    return f"\b\nExample:\n  {example}\n\n\b\n{_EXIT_CODES}"
-
-
 app = typer.Typer(
-    epilog=_epilog("moe train configs/quickstart.yaml"),
+    epilog=epilog("moe train configs/quickstart.yaml"),
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(
-    help="Prepare and fetch training text.",
-    epilog=_epilog("moe data prepare --input corpus/ --tokenizer bytes --out data/corpus"),
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
 app.add_typer(data_app, name="data")
+app.add_typer(convert_app, name="convert")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, for example optim.lr=3e-4.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a sentence.")]
 RunDir = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a run.")]
 
 
@@ -77,7 +60,7 @@ def options(
     """Train sparse Mixture-of-Experts models, with tokens per joule measured."""
 
 
-@app.command(epilog=_epilog("moe train configs/quickstart.yaml optim.lr=3e-4 --nproc 4 parallel.tp=2"))
+@app.command(epilog=epilog("moe train configs/quickstart.yaml optim.lr=3e-4 --nproc 4 parallel.tp=2"))
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML recipe; see configs/.")],
     overrides: Overrides = None,
@@ -87,27 +70,32 @@ def train(
     run_dir: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder of the run; by default run.root/run.name.")
     ] = None,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="Go on where the folder has a checkpoint, else begin.")
+    ] = False,
 ) -> None:
     """Train a model.
 
-    Starts --nproc ranks on this machine; under torchrun, this process is one of the ranks.
+    Starts --nproc ranks on this machine; under torchrun, this process is one of the ranks. SIGTERM or SIGUSR1
+    writes a checkpoint and ends the run with exit code 5.
     """
     from moe.config import load_config
     from moe.train.folder import choose_run_dir, refuse_existing
 
     world_size = _world_size(nproc, default=1)
     resolved = load_config(config, overrides or [], world_size=world_size)
-    folder = choose_run_dir(resolved, run_dir, under_torchrun=_under_torchrun())
-    if not _under_torchrun():
+    folder = choose_run_dir(resolved, run_dir, under_torchrun=_under_torchrun() or auto_resume)
+    if not _under_torchrun() and not auto_resume:
         refuse_existing(folder)  # before any process starts; under torchrun rank 0 looks
     if world_size > 1 and not _under_torchrun():
-        argv = ["train", str(config), *(overrides or []), "--run-dir", str(folder)]
-        _launch(argv, num_ranks=world_size)
+        again = ["--auto-resume"] if auto_resume else []
+        argv = ["train", str(config), *(overrides or []), "--run-dir", str(folder), *again]
+        _launch(argv, folder, num_ranks=world_size)
     else:
-        _run(resolved, folder, resume=False)
+        _run(resolved, folder, resume=False, auto_resume=auto_resume)
 
 
-@app.command(epilog=_epilog("moe resume runs/quickstart train.steps=600 --nproc 2 parallel.ep=2"))
+@app.command(epilog=epilog("moe resume runs/quickstart train.steps=600 --nproc 2 parallel.ep=2"))
 def resume(
     run_dir: RunDir,
     overrides: Overrides = None,
@@ -127,12 +115,12 @@ def resume(
     resolved = load_config(run_dir / "config.yaml", overrides or [], world_size=world_size)
     check_unchanged(run_dir, resolved)
     if world_size > 1 and not _under_torchrun():
-        _launch(["resume", str(run_dir), *(overrides or [])], num_ranks=world_size)
+        _launch(["resume", str(run_dir), *(overrides or [])], run_dir, num_ranks=world_size)
     else:
         _run(resolved, run_dir, resume=True)
 
 
-@app.command(epilog=_epilog("moe verify runs/quickstart/checkpoints/step_00000200"))
+@app.command(epilog=epilog("moe verify runs/quickstart/checkpoints/step_00000200"))
 def verify(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A step_NNNNNNNN folder.")],
     as_json: AsJson = False,
@@ -149,7 +137,7 @@ def verify(
     typer.echo(json.dumps(facts) if as_json else sentence)
 
 
-@app.command(epilog=_epilog("moe plot runs/quickstart"))
+@app.command(epilog=epilog("moe plot runs/quickstart"))
 def plot(run_dir: RunDir) -> None:
     """Draw loss, expert load and power of a run."""
     from moe.metering.plots import plot_run
@@ -158,43 +146,54 @@ def plot(run_dir: RunDir) -> None:
         typer.echo(str(path))
 
 
-@data_app.command(epilog=_epilog("moe data prepare --input corpus/ --tokenizer bytes --out data/corpus"))
-def prepare(
-    inputs: Annotated[
-        list[Path], typer.Option("--input", help="A text or JSONL file, or a directory; may be repeated.")
-    ],
-    out: Annotated[Path, typer.Option(help="PREFIX of the PREFIX.bin and PREFIX.idx to write.")],
-    tokenizer: Annotated[str, typer.Option(help="A tokenizer.json, or `bytes`.")],
-    json_key: Annotated[str, typer.Option(help="Key of the text in JSONL lines.")] = "text",
+@app.command(epilog=epilog("moe plan configs/quickstart.yaml --gpus 2 --gpu h100 parallel.ep=2"))
+def plan(
+    config: Annotated[Path | None, typer.Argument(help="A YAML recipe; see configs/.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, of plan.* too.")
+    ] = None,
+    *,
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 1,
+    gpu: Annotated[str, typer.Option(help="h100, h200, b200, b300, gb200, gb300, or a YAML file.")] = "h100",
+    search: Annotated[bool, typer.Option("--search", help="Try every layout.")] = False,
+    objective: Annotated[str, typer.Option(help="Of --search: time or tokens_per_j.")] = "time",
+    what_if: Annotated[
+        list[str] | None, typer.Option("--what-if", metavar="KEY=VALUE", help="Compare; may be repeated.")
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="tomakomai, sakai, or a site file.")] = None,
+    png: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for pictures.")] = None,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Compare with published runs; needs no config.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tokenise text into the .bin/.idx files that training reads."""
-    from moe.data.prepare import prepare as prepare_files
-    from moe.data.tokenizer import Tokenizer
+    """Know memory, step time, energy and cost before a GPU starts.
 
-    report = prepare_files(inputs, Tokenizer.load(tokenizer), out, json_key=json_key, on_progress=_note)
-    sentence = (
-        f"{out}: {report.documents:,} documents, {report.tokens:,} tokens, {report.bytes:,} bytes of text"
-    )
-    typer.echo(json.dumps(asdict(report)) if as_json else sentence)
-
-
-@data_app.command(epilog=_epilog("moe data fetch handbook --out data/handbook"))
-def fetch(
-    corpus: Annotated[str, typer.Argument(help="handbook: Japanese and English manuals of Debian.")],
-    out: Annotated[Path, typer.Option(help="Directory to write to.")],
-) -> None:
-    """Fetch a known corpus.
-
-    The only verb that uses the network.
+    plan.KEY=VALUE says what no run has a key for: precision, routing, recompute, dispatcher, kernels, vpp,
+    etp, zero, grads, moments, overlap_ep, overlap_grads, cuda_graph and more (class PlanSection).
     """
-    from moe.data.fetch_handbook import fetch_handbook
+    from moe.planner.command import Request, run_request
 
-    if corpus != "handbook":
-        raise InputError(f"unknown corpus {corpus!r}; allowed: handbook")
-    report = fetch_handbook(out, on_progress=_note)
-    for text in report.texts:
-        typer.echo(f"{text.path}: {text.documents:,} documents, {text.text_bytes:,} bytes of text")
+    request = Request(
+        config=config,
+        overrides=overrides or [],
+        gpus=gpus,
+        gpu=gpu,
+        search=search,
+        objective=objective,
+        what_if=what_if or [],
+        site=site,
+        png=png,
+        validate=validate,
+    )
+    typer.echo(run_request(request, as_object=as_json))
+
+
+app.command(epilog=epilog("moe launch configs/quickstart.yaml --on slurm --nodes 64"))(launch)
+app.command(epilog=epilog("moe node c.yaml --run-dir r --nodes 2 --gpus-per-node 8 --endpoint n0:29500"))(
+    node
+)
+app.command(epilog=epilog("moe doctor configs/quickstart.yaml --nproc 2"))(doctor)
 
 
 def _under_torchrun() -> bool:
@@ -215,27 +214,30 @@ def _world_size(nproc: int | None, *, default: int) -> int:
     return int(world_size)
 
 
-def _launch(arguments: list[str], *, num_ranks: int) -> None:
+def _launch(arguments: list[str], run_dir: Path, *, num_ranks: int) -> None:
     from moe.launch.local import launch_local
 
-    launch_local("moe", arguments, num_ranks=num_ranks)
+    launch_local(arguments, num_ranks=num_ranks, run_dir=run_dir, note=note)
 
 
-def _run(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
+def _run(config: RunConfig, run_dir: Path, *, resume: bool, auto_resume: bool = False) -> None:
+    from moe.train.stop import StopRequest
+
+    stop = StopRequest()
+    # A rank under a launcher keeps SIGTERM's default, for it may hang in a collective; SIGUSR1 asks it.
+    stop.listen(signal.SIGUSR1, *([] if _under_torchrun() else [signal.SIGTERM]))
     from moe.quiet import quiet_third_party
 
     quiet_third_party()
-    from moe.launch.local import INTERRUPTED, end_with_parent
+    from moe.launch.agent import INTERRUPTED
+    from moe.launch.local import end_with_parent
     from moe.ranks import explain_lost_rank
     from moe.train.run import RunOptions, run_job
 
     if _under_torchrun():
         end_with_parent()
-    else:
-        # A scheduler's SIGTERM ends the run in order. A rank keeps the default: it may hang in a collective.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run_job(config, RunOptions(run_dir, resume, _note))
+        run_job(config, RunOptions(run_dir, resume, note, auto_resume=auto_resume, stop=stop))
     except MoeError:
         raise
     except KeyboardInterrupt as error:
@@ -245,11 +247,6 @@ def _run(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
         if lost is None:
             raise
         raise RankLostError(lost) from error
-
-
-def _note(text: str) -> None:
-    """A message for a person, beside the numbers."""
-    typer.echo(text, err=True)
 
 
 def main() -> None:

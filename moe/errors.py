@@ -43,7 +43,7 @@ class RankLostError(MoeError):
 
 
 class RunStoppedError(MoeError):
-    """The system asked the run to stop, which it did after writing a checkpoint; started again, it goes on."""
+    """The system asked the run to stop, which it did after a checkpoint; started again, it goes on."""
 
     exit_code = 5
     on_all_ranks = True

@@ -63,7 +63,8 @@ def up_kernel(
 ):
     """h[r] = x[token of r] @ w[expert]^T and a[r] = act(gate, up). Grid as in grouped_gemm_kernel.
 
-    A tile has BLOCK_N / 2 columns of gate and the same of up: one product, then its two halves.
+    A tile has BLOCK_N / 2 columns of gate and the same of up, one beside the other: the two are then in the
+    same thread's registers.
     """
     HALF: tl.constexpr = BLOCK_N // 2
     tiles_F: tl.constexpr = (F + HALF - 1) // HALF
@@ -72,14 +73,15 @@ def up_kernel(
         return
     first_F = tl.program_id(0) % tiles_F * HALF
     o_N = tl.arange(0, BLOCK_N)
-    o_G = first_F + o_N % HALF + o_N // HALF * F  # rows of the weight: gate's, then up's
+    o_G = first_F + o_N // 2 + o_N % 2 * F  # rows of the weight: gate's, then up's
+    m_G = first_F + o_N // 2 < F
     b_h = row_products(
         p_x,
         p_w + expert * (2 * F * D),
         gathered(p_order, o_M, m_M, TOP_K),
         m_M,
         o_G,
-        first_F + o_N % HALF < F,
+        m_G,
         D,
         1,
         D,
@@ -88,9 +90,8 @@ def up_kernel(
         BLOCK_K,
     )
     if p_bias is not None:
-        m_G = first_F + o_N % HALF < F
         b_h += tl.load(p_bias + expert * (2 * F) + o_G, mask=m_G, other=0.0).to(tl.float32)[None, :]
-    b_gate, b_up = halves(b_h.to(p_h.dtype.element_ty), BLOCK_M, BLOCK_N)
+    b_gate, b_up = tl.split(tl.reshape(b_h.to(p_h.dtype.element_ty), (BLOCK_M, HALF, 2)))
     o_F = first_F + tl.arange(0, HALF)
     m_MF = m_M[:, None] & (o_F < F)[None, :]
     p_h_MF = p_h + o_M[:, None] * (2 * F) + o_F[None, :]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,14 @@ from moe.checkpoint.save import rng_name
 from moe.checkpoint.store import newest_valid, quarantine
 from moe.errors import CorruptCheckpointError
 from moe.ranks import on_rank0
+
+
+class WeightSink(Protocol):
+    """The part of an engine that a new run's first weights need."""
+
+    def load_weights(self, directory: Path) -> None:
+        """Read weights, in whatever layout and precision they were written; collective."""
+        ...
 
 
 class ShardSink(Protocol):
@@ -67,11 +76,27 @@ def load_checkpoint(engine: ShardSink, checkpoint: Path, *, same_layout: bool) -
         CorruptCheckpointError: the manifest is damaged or a pickle in the folder names foreign code.
     """
     manifest = read_manifest(checkpoint)
-    metadata = checkpoint / ".metadata"
-    if metadata.exists():
-        check_pickle(metadata, DCP_METADATA_GLOBALS)
-    with weights_only_forced():
+    with _pickles_closed(checkpoint):
         engine.load_shards(checkpoint, manifest.step)
     if same_layout:
         engine.set_rng_state(load_file(checkpoint / rng_name(engine.rank)))
     return manifest
+
+
+def load_initial_weights(engine: WeightSink, checkpoint: Path) -> None:
+    """Fill a new run's model from a checkpoint that was verified; collective.
+
+    Raises:
+        CorruptCheckpointError: a pickle in the folder names foreign code.
+    """
+    with _pickles_closed(checkpoint):
+        engine.load_weights(checkpoint)
+
+
+@contextmanager
+def _pickles_closed(checkpoint: Path) -> Iterator[None]:
+    metadata = checkpoint / ".metadata"
+    if metadata.exists():
+        check_pickle(metadata, DCP_METADATA_GLOBALS)
+    with weights_only_forced():
+        yield

@@ -73,6 +73,17 @@ def check_unchanged(run_dir: Path, config: RunConfig) -> None:
         )
 
 
+def can_resume(run_dir: Path, config: RunConfig) -> bool:
+    """Whether the folder holds a checkpoint to go on from.
+
+    Raises:
+        InputError: what it holds belongs to another run.
+    """
+    if (run_dir / CONFIG_FILE).exists():
+        check_unchanged(run_dir, config)
+    return bool(list_complete(run_dir / "checkpoints"))
+
+
 def _at(values: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         values = values[part]

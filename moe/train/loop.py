@@ -22,6 +22,7 @@ from moe.metering.sinks import Sink
 from moe.metering.throughput import StepClock
 from moe.train.job_energy import JobEnergy
 from moe.train.schedule import learning_rate
+from moe.train.stop import StopRequest
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Loop:
         sinks: Sequence[Sink],
         loads: StepLog | None,
         progress: Progress,
+        stop: StopRequest,
     ) -> None:
         self.config = config
         self.run_dir = run_dir
@@ -63,12 +65,16 @@ class Loop:
         self.sinks = sinks
         self.progress = progress
         self.loads = loads
+        self.stop = stop
         self._counts_LE = torch.zeros(1, dtype=torch.int64)  # since the last line of expert_load.jsonl
         self._energy_base_j = progress.energy_j
         self._wall_base_s = progress.wall_s
 
-    def run(self) -> Progress:
+    def run(self) -> bool:
         """Train to train.steps; evaluate and save at the configured intervals and at the end.
+
+        Returns:
+            Whether that end was reached; False if a stop was requested, which also saves.
 
         Raises:
             TrainingDivergedError: the loss or the gradient norm is not finite.
@@ -87,10 +93,13 @@ class Loop:
             if self._due(config.train.eval_interval):
                 record |= self._evaluate()
             self._log(record, result)
-            if self._due(config.checkpoint.interval):
+            stopping = self.stop.agreed(self.engine.torch_device)
+            if stopping or self._due(config.checkpoint.interval):
                 self._save()
+            if stopping:
+                break
         self._read_energy()  # the last checkpoint belongs to the run
-        return progress
+        return progress.step >= config.train.steps
 
     def _due(self, interval: int) -> bool:
         step = self.progress.step
@@ -129,6 +138,7 @@ class Loop:
             "wall_s": progress.wall_s,
             "balance_loss": result.balance_loss,
             "z_loss": result.z_loss,
+            **({"mtp_loss": result.mtp_loss} if self.config.model.mtp_layers else {}),
         }
 
     def _log(self, record: dict[str, Any], result: StepResult) -> None:
@@ -182,6 +192,7 @@ class Loop:
             "layout": self.engine.layout.as_dict(),
             "world_size": self.engine.world_size,
             "engine": self.config.engine.name,
+            "model": self.config.model.model_dump(mode="json"),
             "progress": {
                 key: None if isinstance(value, float) and not math.isfinite(value) else value
                 for key, value in vars(self.progress).items()

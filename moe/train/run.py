@@ -11,11 +11,12 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 
-from moe.checkpoint.load import find_checkpoint, load_checkpoint
+from moe.checkpoint.load import find_checkpoint, load_checkpoint, load_initial_weights
 from moe.checkpoint.manifest import read_manifest
 from moe.config.load import dump_config
 from moe.config.schema import RunConfig
@@ -23,7 +24,7 @@ from moe.data.dataset import TokenDataset, build_gpt_datasets
 from moe.data.tokenizer import Tokenizer
 from moe.durable import write_atomically
 from moe.engine.base import Engine
-from moe.errors import InputError
+from moe.errors import InputError, MoeError
 from moe.kernels.backend import choose_backend
 from moe.metering.console import ConsoleSink
 from moe.metering.flops import flops_per_token, params_active
@@ -32,10 +33,19 @@ from moe.metering.model_shape import model_shape
 from moe.metering.report import Layout, Report, write_report
 from moe.metering.sinks import JsonlSink, Sink, WandbSink
 from moe.ranks import on_rank0
-from moe.train.folder import CONFIG_FILE, REPORT_FILE, log_start, refuse_existing, spent_before
+from moe.train.folder import (
+    CONFIG_FILE,
+    REPORT_FILE,
+    can_resume,
+    log_start,
+    refuse_existing,
+    spent_before,
+)
+from moe.train.initial_weights import check_initial_weights
 from moe.train.inputs import Inputs, find_inputs
 from moe.train.job_energy import JobEnergy
 from moe.train.loop import Loop, Progress, progress_from
+from moe.train.stop import StopRequest, stopped
 
 Note = Callable[[str], None]
 
@@ -47,6 +57,8 @@ class RunOptions:
     run_dir: Path
     resume: bool
     note: Note  # messages for a person; of rank 0, and of the rank whose energy meter fails
+    auto_resume: bool = False  # go on where there is a checkpoint, else begin, whatever the folder holds
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 def run_job(config: RunConfig, options: RunOptions) -> Report | None:
@@ -66,14 +78,13 @@ def run_job(config: RunConfig, options: RunOptions) -> Report | None:
 def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | None:
     run_dir, note = options.run_dir, options.note
     kernels = on_rank0(lambda: _choose_kernels(config, engine))
-    if not options.resume:
-        on_rank0(lambda: _open_folder(run_dir, config))
+    resume = on_rank0(lambda: _open_folder(config, options))
     if engine.rank == 0:
         note(_introduction(config, engine, run_dir, kernels))
     inputs = on_rank0(lambda: find_inputs(config, note))
     tokenizer = Tokenizer.load(inputs.tokenizer)
     datasets = _build_datasets(config, inputs, tokenizer)
-    progress = _restore(engine, run_dir, note) if options.resume else Progress()
+    progress = _restore(engine, run_dir, note) if resume else _begin(engine, config, options)
     if progress.step >= config.train.steps:
         if engine.rank == 0:
             note(f"the run has done its {config.train.steps} steps; give it more with train.steps=N")
@@ -96,13 +107,15 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
             sinks=outputs.sinks,
             loads=outputs.loads,
             progress=progress,
+            stop=options.stop,
         )
-        loop.run()
-        outputs.report = make_report(config, engine, energy, progress)
+        finished = loop.run()
+        if finished:
+            outputs.report = make_report(config, engine, energy, progress)
     finally:
         energy.close()
         outputs.close()
-    on_rank0(lambda: outputs.write_report(run_dir))
+    on_rank0(lambda: outputs.write_report(run_dir) if finished else _raise(stopped(run_dir, progress.step)))
     return outputs.report if engine.rank == 0 else None
 
 
@@ -227,10 +240,34 @@ def _seed_everything(config: RunConfig) -> None:
     torch.use_deterministic_algorithms(config.run.deterministic)
 
 
-def _open_folder(run_dir: Path, config: RunConfig) -> None:
-    refuse_existing(run_dir)
+def _open_folder(config: RunConfig, options: RunOptions) -> bool:
+    """Whether the folder's run is continued; if not, it is made ready for a new one."""
+    run_dir = options.run_dir
+    if options.resume or (options.auto_resume and can_resume(run_dir, config)):
+        return True
+    if not options.auto_resume:
+        refuse_existing(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / CONFIG_FILE, dump_config(config))
+    return False
+
+
+def _raise(error: MoeError) -> NoReturn:
+    raise error
+
+
+def _begin(engine: Engine, config: RunConfig, options: RunOptions) -> Progress:
+    """A new run, from the weights that the config names, if any."""
+    note = options.note
+    source = config.train.init_from
+    if source is not None:
+        on_rank0(lambda: check_initial_weights(source, config.model))
+        load_initial_weights(engine, source)
+        if engine.rank == 0:
+            note(f"starting from the weights of {source}")
+    # Of earlier starts that did not reach a checkpoint; nothing in a fresh folder.
+    spent_j, spent_s = on_rank0(lambda: spent_before(options.run_dir))
+    return Progress(energy_j=spent_j, wall_s=spent_s)
 
 
 def _restore(engine: Engine, run_dir: Path, note: Note) -> Progress:

@@ -54,7 +54,7 @@ def test_help_has_an_example_and_the_exit_codes_each_on_its_own_line(verb):
     assert lines[at + 1].startswith(f"    {' '.join(['moe', *verb])} ")
     assert lines[at + 2] == ""
     assert lines[at + 3] == "  Exit codes:"
-    assert [line.split()[0] for line in lines[at + 4 :]] == ["0", "1", "2", "3", "4"]
+    assert [line.split()[0] for line in lines[at + 4 :]] == ["0", "1", "2", "3", "4", "5"]
     assert max(map(len, lines)) <= 80
 
 
@@ -76,7 +76,7 @@ def test_summary_lists_every_verb_in_one_whole_sentence():
 
 def test_documented_exit_codes_are_those_of_the_errors():
     codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type)}
-    assert codes == {1, 2, 3, 4}
+    assert codes == {1, 2, 3, 4, 5}
     text = _help()
     assert "2  bad input or config" in text
     assert errors.InputError.exit_code == 2
@@ -84,6 +84,8 @@ def test_documented_exit_codes_are_those_of_the_errors():
     assert errors.CorruptDataError.exit_code == errors.CorruptCheckpointError.exit_code == 3
     assert "4  a rank was lost" in text
     assert errors.RankLostError.exit_code == 4
+    assert "5  stopped on request" in text
+    assert errors.RunStoppedError.exit_code == 5
 
 
 def test_help_answers_at_once():

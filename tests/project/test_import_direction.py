@@ -24,6 +24,8 @@ LAYERS = (
     {"model"},
     {"engine", "checkpoint", "metering", "data"},
     {"train", "launch", "planner", "convert"},
+    {"cli_shared"},
+    {"cli_convert", "cli_data", "cli_launch"},
     {"cli"},
     {"__main__"},
 )
