@@ -42,6 +42,17 @@ def test_quick_start_is_the_recipe_that_was_measured():
     assert recipe.model.shared_expert_hidden_size > 0
 
 
+def test_errors_of_the_planner_are_those_of_the_result_file():
+    # moe plan --validate --json > benchmarks/results/plan-validation.json
+    errors = result("plan-validation.json")["summary"]
+    sentence = (
+        f"{errors['rows']} rows the step time is off by {100 * errors['step_median_abs_error']:.1f} % in the "
+        f"median and {100 * errors['step_worst_abs_error']:.1f} % at worst, memory by at most "
+        f"{100 * errors['memory_worst_abs_error']:.1f} %"
+    )
+    assert sentence in README
+
+
 def test_speed_tables_are_those_of_the_result_files():
     # python -m benchmarks.readme_table --write
     assert replaced(README, section(RESULTS)) == README
