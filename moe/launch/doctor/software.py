@@ -1,0 +1,50 @@
+"""Versions of what a run uses, and whether all nodes have the same."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from moe import __version__
+from moe.launch.doctor.check import Check
+
+NEEDED = ("torch", "megatron-core")
+OPTIONAL = ("triton", "deepspeed", "nvidia-ml-py", "transformer-engine")
+
+
+def check_versions(needed: Sequence[str] = NEEDED) -> Check:
+    """The versions in this interpreter."""
+    found = {name: _version(name) for name in (*needed, *OPTIONAL)}
+    text = ", ".join(f"{name} {number}" for name, number in found.items() if number is not None)
+    text = f"moe {__version__}, python {platform.python_version()}, {text}"
+    missing = [name for name in needed if found[name] is None]
+    if missing:
+        remedy = "install the training extra: pip install 'joulemoe[train]'"
+        return Check("versions", "fail", f"{text}; missing: {', '.join(missing)}", remedy)
+    return Check("versions", "ok", text)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def check_same(name: str, values: Sequence[str]) -> Check:
+    """Whether all nodes say the same of one check, such as versions or driver.
+
+    Args:
+        name: The check that is compared.
+        values: Its value on every node, in node order.
+    """
+    odd = {value: nodes for value in values if len(nodes := _nodes_with(values, value)) < len(values)}
+    if not odd:
+        return Check(f"same {name}", "ok", f"on {len(values)} node(s)")
+    text = "; ".join(f"node {', '.join(map(str, nodes))}: {value}" for value, nodes in odd.items())
+    return Check(f"same {name}", "fail", text, "give every node the same image or environment")
+
+
+def _nodes_with(values: Sequence[str], value: str) -> list[int]:
+    return [node for node, other in enumerate(values) if other == value]
