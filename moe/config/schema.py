@@ -91,7 +91,7 @@ class RouterSection(Section):
     rounding: Literal["none", "down", "nearest"] = "none"
     tile_rows: Count = 128  # of such a tile; the larger one of the grouped GEMM
     logit_bias: bool = False  # the gate has a trained bias (gpt-oss)
-    jitter: Fraction = 0.0  # in training the gate's input is multiplied by 1 +- this (Switch, arXiv 2101.03961)
+    jitter: Fraction = 0.0  # in training the gate's input is multiplied by 1 +- this (arXiv 2101.03961)
     capacity_factor: NonNegative = 0.0  # an expert keeps at most this times its fair share; 0 drops nothing
     # Scope of the load-balancing loss; global: over all data-parallel ranks (arXiv 2501.11873).
     aux_loss: Literal["none", "sequence", "batch", "global"] = "sequence"
