@@ -3,13 +3,14 @@
 Shapes: T tokens, K top-k, N = T*K routed pairs, D model, F expert hidden, G = 2F, e experts, R rows of an
 expert.
 
-Products are in x's dtype, what is between them in fp32 (fp64), and so are the sums over a token's pairs. An
-expert has a token once, so these are in the order of experts: every run has the same bits.
+Products are in x's dtype, what is between them in fp32 (fp64). The rows of a token are added up at the end,
+in the order of its experts: every run has the same bits.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe.kernels.expert_mlp.activation import activated, activation_backward, gated
@@ -31,20 +32,19 @@ def expert_mlp_fwd(
     """y_TD and h_NG; contiguous inputs that `expert_mlp` has checked."""
     tokens_N, weights_N1 = _tokens_and_weights(weights_TK, index)
     h_NG = x_TD.new_empty(weights_TK.numel(), w_gate_up_eGD.shape[1])
-    y_TD = torch.zeros_like(x_TD, dtype=weights_TK.dtype)
+    y_ND = x_TD.new_empty(weights_TK.numel(), x_TD.shape[1])
     for expert, rows in rows_of_experts(index[2]):
         tokens_R, weights_R1 = tokens_N[rows], weights_N1[rows]
         h_RG = torch.mm(x_TD.index_select(0, tokens_R), w_gate_up_eGD[expert].T, out=h_NG[rows])
         if variant.biases is not None:
             h_RG += variant.biases[0][expert]
-        gate_RF, up_RF = h_RG.to(y_TD.dtype).chunk(2, dim=1)
+        gate_RF, up_RF = h_RG.to(weights_TK.dtype).chunk(2, dim=1)
         # The weight scales A before the product instead of y after it: rows of A are shorter.
         a_RF = activated(gated(gate_RF, variant.activation), up_RF, variant.activation).mul_(weights_R1)
-        y_RD = torch.mm(a_RF.to(x_TD.dtype), w_down_eDF[expert].T).to(y_TD.dtype)
+        y_RD = torch.mm(a_RF.to(x_TD.dtype), w_down_eDF[expert].T, out=y_ND[rows])
         if variant.biases is not None:
-            y_RD += weights_R1 * variant.biases[1][expert]
-        y_TD.index_add_(0, tokens_R, y_RD)
-    return y_TD.to(x_TD.dtype), h_NG
+            y_RD += (weights_R1 * variant.biases[1][expert]).to(x_TD.dtype)
+    return _sum_of_pairs(y_ND, weights_TK, index), h_NG
 
 
 def expert_mlp_bwd(
@@ -60,7 +60,7 @@ def expert_mlp_bwd(
     tokens_N, weights_N1 = _tokens_and_weights(weights_TK, index)
     grad_gate_up_eGD, grad_down_eDF = (_zero_if_unused(w, index) for w in (w_gate_up_eGD, w_down_eDF))
     grad_biases = tuple(torch.zeros_like(bias) for bias in variant.biases or ())
-    grad_x_TD = torch.zeros_like(x_TD, dtype=weights_TK.dtype)
+    grad_x_ND = x_TD.new_empty(weights_TK.numel(), x_TD.shape[1])
     grad_weights_N = weights_TK.new_zeros(weights_TK.numel())  # those of sentinels stay zero
     for expert, rows in rows_of_experts(index[2]):
         tokens_R, weights_R1 = tokens_N[rows], weights_N1[rows]
@@ -72,7 +72,7 @@ def expert_mlp_bwd(
         a_RF = activated(value_RF, up_RF, variant.activation)
         torch.linalg.vecdot(grad_a_RF, a_RF, out=grad_weights_N[rows])
         torch.mm(grad_RD.T, a_RF.mul_(weights_R1).to(x_TD.dtype), out=grad_down_eDF[expert])
-        grad_h_RG = x_TD.new_empty(len(tokens_R), h_NG.shape[1])
+        grad_h_RG = torch.empty_like(h_NG[rows], dtype=weights_TK.dtype)
         grad_gate_RF, grad_up_RF = grad_h_RG.chunk(2, dim=1)
         activation_backward(
             gate_RF,
@@ -82,15 +82,16 @@ def expert_mlp_bwd(
             activation=variant.activation,
             out=(grad_gate_RF, grad_up_RF),
         )
+        grad_h_RG = grad_h_RG.to(x_TD.dtype)
         torch.mm(grad_h_RG.T, x_TD.index_select(0, tokens_R), out=grad_gate_up_eGD[expert])
-        grad_x_RD = torch.mm(grad_h_RG, w_gate_up_eGD[expert])
-        grad_x_TD.index_add_(0, tokens_R, grad_x_RD.to(weights_TK.dtype))
+        torch.mm(grad_h_RG, w_gate_up_eGD[expert], out=grad_x_ND[rows])
         if variant.biases is not None:
             grad_weights_N[rows] += (grad_RD @ variant.biases[1][expert]).to(weights_TK.dtype)
             grad_biases[0][expert] = grad_h_RG.sum(dim=0)
             grad_biases[1][expert] = (grad_RD * weights_R1).sum(dim=0)
     grad_weights_TK = grad_weights_N.index_select(0, index[1]).view_as(weights_TK)
-    return grad_x_TD.to(x_TD.dtype), grad_gate_up_eGD, grad_down_eDF, grad_weights_TK, *grad_biases
+    grad_x_TD = _sum_of_pairs(grad_x_ND, weights_TK, index)
+    return grad_x_TD, grad_gate_up_eGD, grad_down_eDF, grad_weights_TK, *grad_biases
 
 
 def _tokens_and_weights(weights_TK: Tensor, index: Index) -> tuple[Tensor, Tensor]:
@@ -101,7 +102,15 @@ def _tokens_and_weights(weights_TK: Tensor, index: Index) -> tuple[Tensor, Tenso
 
 def _zero_if_unused(weight: Tensor, index: Index) -> Tensor:
     """Memory for a gradient, zero for experts without rows; the others are written later."""
-    ends_e = index[2]
     grad = torch.empty_like(weight)
-    grad[ends_e.diff(prepend=ends_e.new_zeros(1)) == 0] = 0
+    used = {expert for expert, _ in rows_of_experts(index[2])}
+    for expert in set(range(len(weight))) - used:
+        grad[expert] = 0
     return grad
+
+
+def _sum_of_pairs(y_ND: Tensor, weights_TK: Tensor, index: Index) -> Tensor:
+    """Sum of each token's rows, in fp32 or wider inside; rows of no expert count as zeros."""
+    _, inverse_N, ends_e = index
+    y_ND[int(ends_e[-1]) :] = 0
+    return F.embedding_bag(inverse_N.view(weights_TK.shape), y_ND, mode="sum")
