@@ -54,8 +54,9 @@ class Runner:
         """Forward and backward, two parts."""
         y_TD = self.forward()
         mark()
-        torch.autograd.grad(y_TD, self.leaves, self.problem.grad_TD)
+        grads = torch.autograd.grad(y_TD, self.leaves, self.problem.grad_TD)
         mark()
+        del grads  # training frees gradients after the optimizer has used them: not a part of the backward
 
     def results(self) -> dict[str, Tensor]:
         """A tensor for each of RESULTS."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.kernels.expert_mlp.activation import activated, activation_backward, gated
+from moe.kernels.expert_mlp.threads import share_experts
 from moe.kernels.expert_mlp.variant import PLAIN, Variant
 from moe.kernels.grouped_gemm.torch_backend import rows_of_experts
 
@@ -33,7 +34,8 @@ def expert_mlp_fwd(
     tokens_N, weights_N1 = _tokens_and_weights(weights_TK, index)
     h_NG = x_TD.new_empty(weights_TK.numel(), w_gate_up_eGD.shape[1])
     y_ND = x_TD.new_empty(weights_TK.numel(), x_TD.shape[1])
-    for expert, rows in rows_of_experts(index[2]):
+
+    def forward(expert: int, rows: slice) -> None:
         tokens_R, weights_R1 = tokens_N[rows], weights_N1[rows]
         h_RG = torch.mm(x_TD.index_select(0, tokens_R), w_gate_up_eGD[expert].T, out=h_NG[rows])
         if variant.biases is not None:
@@ -44,6 +46,8 @@ def expert_mlp_fwd(
         y_RD = torch.mm(a_RF.to(x_TD.dtype), w_down_eDF[expert].T, out=y_ND[rows])
         if variant.biases is not None:
             y_RD += (weights_R1 * variant.biases[1][expert]).to(x_TD.dtype)
+
+    share_experts(forward, rows_of_experts(index[2]))
     return _sum_of_pairs(y_ND, weights_TK, index), h_NG
 
 
@@ -62,7 +66,8 @@ def expert_mlp_bwd(
     grad_biases = tuple(torch.zeros_like(bias) for bias in variant.biases or ())
     grad_x_ND = x_TD.new_empty(weights_TK.numel(), x_TD.shape[1])
     grad_weights_N = weights_TK.new_zeros(weights_TK.numel())  # those of sentinels stay zero
-    for expert, rows in rows_of_experts(index[2]):
+
+    def backward(expert: int, rows: slice) -> None:
         tokens_R, weights_R1 = tokens_N[rows], weights_N1[rows]
         grad_RD = grad_TD.index_select(0, tokens_R)
         # The gradient of A before the weight scales it: its product with A is the weight's gradient.
@@ -89,6 +94,8 @@ def expert_mlp_bwd(
             grad_weights_N[rows] += (grad_RD @ variant.biases[1][expert]).to(weights_TK.dtype)
             grad_biases[0][expert] = grad_h_RG.sum(dim=0)
             grad_biases[1][expert] = (grad_RD * weights_R1).sum(dim=0)
+
+    share_experts(backward, rows_of_experts(index[2]))
     grad_weights_TK = grad_weights_N.index_select(0, index[1]).view_as(weights_TK)
     grad_x_TD = _sum_of_pairs(grad_x_ND, weights_TK, index)
     return grad_x_TD, grad_gate_up_eGD, grad_down_eDF, grad_weights_TK, *grad_biases

@@ -1,0 +1,49 @@
+"""Experts shared between threads of the CPU: each computes whole experts, alone.
+
+Threads that share one small product wait for each other at every step: slow, and very slow on a busy machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+Expert = tuple[int, slice]  # its number and its rows
+
+
+def share_experts(work: Callable[[int, slice], None], experts: Iterable[Expert]) -> None:
+    """Call work(expert, rows) for each, in as many threads as torch may use.
+
+    Args:
+        work: must write memory that no other expert's call touches.
+        experts: with their rows in expert order; those without rows left out.
+    """
+    # The largest first, so that threads end together.
+    queue = sorted(experts, key=lambda expert: expert[1].start - expert[1].stop)
+    num_threads, num_rows = torch.get_num_threads(), sum(rows.stop - rows.start for _, rows in queue)
+    largest = queue[0][1].stop - queue[0][1].start if queue else 0
+    if num_threads == 1 or largest * num_threads > num_rows:  # one thread would be left with the largest
+        for expert, rows in queue:
+            work(expert, rows)
+        return
+    _in_threads(work, queue, num_threads)
+
+
+def _in_threads(work: Callable[[int, slice], None], queue: list[Expert], num_threads: int) -> None:
+    remaining = iter(queue)
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        with torch.inference_mode():  # whether gradients are recorded is each thread's own setting
+            for expert, rows in remaining:
+                work(expert, rows)
+
+    try:
+        with ThreadPoolExecutor(num_threads) as pool:
+            calls = [pool.submit(alone) for _ in range(num_threads)]
+        for call in calls:
+            call.result()
+    finally:
+        torch.set_num_threads(num_threads)  # the pool's setting is the default of threads to come

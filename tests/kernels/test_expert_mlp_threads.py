@@ -1,0 +1,81 @@
+"""The CPU experts with threads: the same bits as with one, errors raised, torch's setting as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from threading import current_thread
+
+import pytest
+import torch
+from routed_pairs import some_ids
+from torch import Tensor
+
+from moe.kernels.expert_mlp import expert_mlp
+from moe.kernels.expert_mlp.threads import share_experts
+from moe.kernels.permute_index import permute_index
+
+T, D, F, E, K = 96, 32, 16, 8, 2
+EVEN = [(expert, slice(expert, expert + 1)) for expert in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def restore_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(ids_TK: Tensor, num_threads: int) -> list[Tensor]:
+    torch.set_num_threads(num_threads)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((T, D), (E, 2 * F, D), (E, D, F), (T, K))
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    y_TD = expert_mlp(*leaves, permute_index(ids_TK.flatten(), E), backend="torch")
+    return [y_TD.detach(), *torch.autograd.grad(y_TD, leaves, torch.ones_like(y_TD))]
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    alone = run(some_ids(T, E, K), 1)
+    for num_threads in (2, 3):
+        assert all(map(torch.equal, alone, run(some_ids(T, E, K), num_threads)))
+        assert torch.get_num_threads() == num_threads
+
+
+def test_every_expert_is_computed_once_by_threads_that_are_alone():
+    torch.set_num_threads(3)
+    seen = []
+    share_experts(
+        lambda expert, _: seen.append((expert, current_thread().name, torch.get_num_threads())), EVEN
+    )
+    assert sorted(expert for expert, _, _ in seen) == list(range(40))
+    assert {threads for _, _, threads in seen} == {1}
+    assert current_thread().name not in {name for _, name, _ in seen}
+
+
+def test_an_expert_larger_than_a_share_keeps_all_threads():
+    torch.set_num_threads(3)
+    seen = []
+    hot = [(0, slice(0, 50)), (1, slice(50, 60)), (2, slice(60, 75))]
+    share_experts(lambda expert, _: seen.append((expert, torch.get_num_threads())), hot)
+    assert seen == [(0, 3), (2, 3), (1, 3)], "the largest first"
+
+
+def test_an_error_in_a_thread_is_raised_and_the_setting_restored():
+    def fail(expert: int, _: slice) -> None:
+        if expert == 7:
+            raise ArithmeticError("of expert 7")
+
+    torch.set_num_threads(2)
+    with pytest.raises(ArithmeticError, match="of expert 7"):
+        share_experts(fail, EVEN)
+    assert torch.get_num_threads() == 2
+
+
+def test_inference_mode_with_threads():
+    with torch.inference_mode():
+        x_TD, gate_up, down = torch.randn(T, D), torch.randn(E, 2 * F, D), torch.randn(E, D, F)
+        inputs = (x_TD, gate_up, down, torch.rand(T, K), permute_index(some_ids(T, E, K).flatten(), E))
+        torch.set_num_threads(2)
+        two = expert_mlp(*inputs, backend="torch")
+        torch.set_num_threads(1)
+        assert torch.equal(two, expert_mlp(*inputs, backend="torch"))
