@@ -21,6 +21,9 @@ from moe.transformers_backend import register_with_transformers, switch_experts
 DROPOUT = {"attention_dropout": 0.2}  # what makes training differ from evaluation
 ONE_LAYER = {"num_hidden_layers": 1, "mlp_only_layers": [], "first_k_dense_replace": 0}
 
+# gpt-oss's experts have a layout of their own, which is refused: test_registry_users.py.
+SWIGLU = [family for family in FAMILIES if family != "gpt_oss"]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def registered() -> None:
@@ -46,7 +49,7 @@ def results(model: Any, experts: str, tokens_BS: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("size", ["even", "odd"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SWIGLU)
 def test_loss_and_every_gradient_equal_eager(family: str, size: str, training: bool) -> None:
     model = make_model(family, size, seed=0, **DROPOUT).train(training)
     tokens_BS = some_tokens(model, 2, 24)
@@ -69,7 +72,7 @@ def every_expert(family: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SWIGLU)
 def test_bf16_is_as_good_as_eager(family: str, training: bool) -> None:
     changes = DROPOUT | ONE_LAYER | every_expert(family)
     model = make_model(family, "even", seed=0, **changes).bfloat16().train(training)
@@ -83,7 +86,7 @@ def test_bf16_is_as_good_as_eager(family: str, training: bool) -> None:
         assert difference(tensor, exact[name]) < allowed, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SWIGLU)
 def test_experts_without_tokens_have_gradients_of_exact_zeros(family: str) -> None:
     model = make_model(family, "even", seed=1, **ONE_LAYER)
     tokens_BS = some_tokens(model, 1, 2)
@@ -95,7 +98,7 @@ def test_experts_without_tokens_have_gradients_of_exact_zeros(family: str) -> No
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SWIGLU)
 def test_no_grad_gives_the_same_bits(family: str, training: bool) -> None:
     model = make_model(family, "odd", seed=2, **DROPOUT).train(training)
     tokens_BS = some_tokens(model, 2, 16)
@@ -105,7 +108,7 @@ def test_no_grad_gives_the_same_bits(family: str, training: bool) -> None:
         assert torch.equal(model(tokens_BS).logits, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SWIGLU)
 def test_generates_the_tokens_that_eager_generates(family: str) -> None:
     model = make_model(family, "even", seed=3)
     prompt_BS = some_tokens(model, 2, 5)
@@ -116,7 +119,7 @@ def test_generates_the_tokens_that_eager_generates(family: str) -> None:
     assert torch.equal(found["moe"], found["eager"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SWIGLU)
 def test_from_config_and_a_folder_and_back(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
