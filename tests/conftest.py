@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # numpy computes the interpreter's blocks: one thread, set before numpy is imported, or a busy machine crawls.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -19,6 +20,11 @@ from typing import Any
 import pytest
 from poison import poisoned_empty
 from ranks_pool import RankPool
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores SIGINT, and so would every program that a test interrupts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
