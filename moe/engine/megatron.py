@@ -22,15 +22,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import (
-    MegatronOptimizer,
-    OptimizerConfig,
-    ParamKey,
-    ParamWithNamePredicate,
-    get_megatron_optimizer,
-)
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
@@ -41,8 +32,10 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from moe.checkpoint.shard_writer import InProcessShardWriter
 from moe.config.schema import RunConfig
 from moe.engine.base import Batch, EvalResult, Layout, StepResult, TrainingDivergedError
+from moe.engine.device import choose_device
+from moe.engine.megatron_optimizer import build_optimizer, create_moments
+from moe.engine.token_loss import token_loss
 from moe.engine.without_cuda import without_cuda
-from moe.errors import InputError
 from moe.layer import updated_bias
 from moe.model.build import DTYPES, build_model, load_weights, sharded_state
 from moe.model.init import global_sizes
@@ -71,7 +64,7 @@ class MegatronEngine:
 
     def _start(self, config: RunConfig) -> None:
         self._undo.enter_context(without_cuda())
-        self.torch_device = _choose_device(config.engine.device)
+        self.torch_device = choose_device(config.engine.device)
         self._join(config)
         parallel = config.parallel
         parallel_state.initialize_model_parallel(
@@ -124,7 +117,7 @@ class MegatronEngine:
             DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
             self.model,
         )
-        self.optimizer = _build_optimizer(config, self.ddp)
+        self.optimizer = build_optimizer(config, self.ddp)
         megatron_config.grad_scale_func = self.optimizer.scale_loss
         megatron_config.no_sync_func = self.ddp.no_sync
         megatron_config.finalize_model_grads_func = finalize_model_grads
@@ -201,7 +194,7 @@ class MegatronEngine:
             labels=batch["labels_BS"],
             loss_mask=batch["loss_mask_BS"],
         )
-        return output, partial(_token_loss, batch["loss_mask_BS"], batch["labels_BS"])
+        return output, partial(token_loss, batch["loss_mask_BS"], batch["labels_BS"])
 
     def _reduce_losses(self, stored: list[dict[str, Tensor]]) -> tuple[float, float, float, float]:
         """Means over the global batch, on every rank: losses of tokens live on the last stage, others on all.
@@ -257,7 +250,7 @@ class MegatronEngine:
 
     # ---- checkpoints --------------------------------------------------------------------------------------
 
-    def _optimizers(self) -> list[DistributedOptimizer]:
+    def _optimizers(self) -> list[Any]:
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
@@ -282,7 +275,7 @@ class MegatronEngine:
 
     def load_shards(self, directory: Path, step: int) -> None:
         """See Engine."""
-        moments = [state for optimizer in self._optimizers() for state in _create_moments(optimizer)]
+        moments = [state for optimizer in self._optimizers() for state in create_moments(optimizer)]
         loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))
         self.model.load_state_dict(loaded["model"])
         for index, optimizer in enumerate(self._optimizers()):
@@ -326,75 +319,3 @@ class MegatronEngine:
     def close(self) -> None:
         """See Engine."""
         self._undo.close()
-
-
-def _build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> MegatronOptimizer:
-    """AdamW over main parameters in fp32, sharded over data-parallel ranks."""
-    optim = config.optim
-    settings = OptimizerConfig(
-        optimizer="adam",
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.beta1,
-        adam_beta2=optim.beta2,
-        adam_eps=optim.eps,
-        clip_grad=optim.clip_grad_norm,
-        bf16=config.train.precision == "bf16",
-        params_dtype=DTYPES[config.train.precision],
-        use_distributed_optimizer=True,
-    )
-    # The router's fp32 weights are a group of their own: in a group with bf16 parameters, megatron-core
-    # 0.16.1 confuses the order of the two kinds when it saves.
-    overrides = {
-        ParamKey(with_name_predicate=ParamWithNamePredicate("norms and biases", _does_not_decay)): (
-            ParamGroupOverride(wd_mult=0.0)
-        ),
-        ParamKey(name="*.router.*"): ParamGroupOverride(wd_mult=1.0),
-    }
-    return get_megatron_optimizer(settings, [ddp], overrides, use_gloo_process_groups=False)
-
-
-def _does_not_decay(parameter: Tensor, name: str) -> bool:
-    is_bias = name.endswith((".bias", ".b_gate_up_eG", ".b_down_eD"))
-    return (is_bias or parameter.dim() == 1) and ".router." not in name
-
-
-def _create_moments(optimizer: DistributedOptimizer) -> list[dict[str, Tensor]]:
-    """Make the state that torch.optim.AdamW makes at its first step: Megatron loads into what exists."""
-    adam = optimizer.optimizer
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            adam.state[parameter] = {
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-    return [adam.state[parameter] for group in adam.param_groups for parameter in group["params"]]
-
-
-def _token_loss(mask_BS: Tensor, labels_BS: Tensor, nll_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean loss of a micro-batch, and what evaluation sums; cloned, for the schedule divides it in place."""
-    nll = (nll_BS.float() * mask_BS).sum()
-    loss = nll / mask_BS.sum().clamp(min=1)
-    return loss, {"loss": loss.detach().clone(), "nll": nll.detach(), "mask": mask_BS, "labels": labels_BS}
-
-
-def _choose_device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InputError("engine.device=cuda, but this machine has no CUDA device; use auto or cpu")
-    if name == "cpu" and available:
-        raise InputError(
-            "engine.device=cpu on a machine with CUDA: Megatron would use it anyway; "
-            "hide it with CUDA_VISIBLE_DEVICES="
-        )
-    if not available:
-        return torch.device("cpu")
-    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if index >= count:
-        raise InputError(
-            f"rank {index} of this machine has no GPU of its own: {count} visible. "
-            f"Start at most {count} ranks, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
-        )
-    device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
-    return device

@@ -38,6 +38,7 @@ PLACES = {
     "megatron": (
         "moe.model",
         "moe.engine.megatron",
+        "moe.engine.megatron_optimizer",
         "moe.engine.one_rank",
         "moe.engine.without_cuda",
         "moe.data.dataset",
