@@ -1,15 +1,18 @@
-# Two commands: `make train` and `make test`. Both install into .venv once.
+# Two commands: `make train` and `make test`. Both install into .venv once. `make test-slow` adds long matrices.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: train test lint clean
+.PHONY: train test test-slow lint clean
 
 train: $(STAMP)
 	$(BIN)/moe train configs/quickstart.yaml
 
 test: lint
 	$(BIN)/pytest
+
+test-slow: lint
+	$(BIN)/pytest -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
