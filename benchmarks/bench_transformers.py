@@ -65,6 +65,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_mtp_layers": 0,
         },
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"head_dim": 64, "intermediate_size": 256, "num_local_experts": 16, "num_experts_per_tok": 4},
+    ),
 }
 
 

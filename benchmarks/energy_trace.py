@@ -68,6 +68,7 @@ def trace(meter: EnergyMeter, shape: Shape, dtype: str, device: str, *, seconds:
             samples.append(meter.read())
     samples.append(meter.read())
     load_s = time.monotonic() - load_starts_s
+    audit = meter.audit()
     idle_j, load_j = samples[1].energy_j - samples[0].energy_j, samples[-1].energy_j - samples[1].energy_j
     return {
         "benchmark": "energy trace",
@@ -82,6 +83,7 @@ def trace(meter: EnergyMeter, shape: Shape, dtype: str, device: str, *, seconds:
         "energy_source": meter.source,
         "boundary": meter.boundary,
         "meter": meter.description,
+        "audit": vars(audit),  # counter and power trace over the whole of it; too short to be judged
         "samples": [(reading.time_s - samples[0].time_s, reading.energy_j) for reading in samples],
         "stamp": stamp(device),
     }

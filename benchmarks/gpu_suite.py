@@ -73,9 +73,9 @@ def parts(folder: Path) -> list[Part]:
         bench("bench_topk_route", "topk_route", 45, "--device", "cuda", "--seconds", "0.5"),
         bench("bench_moe_layer", "moe_layer", 75, *headline, "--seconds", "8", "--joules-seconds", "1"),
         bench("bench_grouped_gemm", "grouped_gemm", 35, *headline),
-        Part("tune_tiles", tuning, 80, takes_the_rest=True),
+        bench("bench_layer_joules", "layer_joules", 85),  # bf16 against FP8, counter against power trace
+        Part("tune_tiles", tuning, 45, takes_the_rest=True),
         bench("bench_moe_layer", "moe_layer_tuned", 35, *tuned),
-        bench("energy_trace", "energy_trace", 30, "--seconds", "8"),
         bench(
             "bench_moe_layer",
             "moe_layer_more",

@@ -18,6 +18,7 @@ import typer
 from moe import __version__
 from moe.cli_convert import convert_app
 from moe.cli_data import data_app
+from moe.cli_energy import energy_app
 from moe.cli_launch import doctor, launch, node
 from moe.cli_shared import AsJson, epilog, note
 from moe.errors import InputError, MoeError, RankLostError, RunInterruptedError
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
+app.add_typer(energy_app, name="energy")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, for example optim.lr=3e-4.")
@@ -169,8 +171,8 @@ def plan(
 ) -> None:
     """Know memory, step time, energy and cost before a GPU starts.
 
-    plan.KEY=VALUE says what no run has a key for: precision, routing, recompute, dispatcher, kernels, vpp,
-    etp, zero, grads, moments, overlap_ep, overlap_grads, cuda_graph and more (class PlanSection).
+    plan.KEY=VALUE says what no run has a key for: precision, routing, recompute, dispatcher, kernels, etp,
+    zero, grads, moments, overlap_ep, cuda_graph and more (class PlanSection).
     """
     from moe.planner.command import Request, run_request
 

@@ -15,6 +15,8 @@ def quiet_third_party() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # repeats the configs that it reads
+    # DeepSpeed sets the level of its logger itself, and warns of a machine without CUDA.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     # Names of torch that Megatron and its optimizer still use.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\..*")

@@ -22,6 +22,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def ranks_on_this_machine() -> int:
+    """How many ranks the launcher started here, as torchrun says; 1 in a job of one process."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def on_rank0(function: Callable[[], T]) -> T:
     """Call the function on rank 0 and return its result on every rank; collective.
 
@@ -109,7 +114,7 @@ def _missing_siblings() -> str:
                 alive.add(process.environ().get("LOCAL_RANK"))
         except psutil.Error:
             continue  # it ended while we looked
-    local = {str(rank) for rank in range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))}
+    local = {str(rank) for rank in range(ranks_on_this_machine())}
     offset = int(os.environ.get("RANK", "0")) - local_rank()
     missing = sorted(offset + int(rank) for rank in local - alive)
     return f" (rank {', '.join(map(str, missing))} of this machine has ended)" if missing else ""

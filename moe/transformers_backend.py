@@ -9,7 +9,9 @@ transformers 5 keeps the routed experts of a layer in one module, and looks its 
 registry. What stands there under our name gets the module, the tokens and the router's choice; weights stay
 where transformers put them, so saving, loading, sharding and its expert parallelism are untouched.
 
-The kernels compute SwiGLU experts. Experts that need anything else are refused, never approximated.
+The kernels compute SwiGLU experts and those of gpt-oss. Experts that need anything else are refused, never
+approximated. gpt-oss keeps gate and up in turns, which the kernels do not read: each forward copies these
+weights of a layer into order, and the copy stays until the layer's backward.
 Shapes: T tokens, K top-k, D model, F expert hidden, G = 2F gate and up, e experts held here.
 """
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from moe.errors import InputError
 from moe.kernels.expert_mlp import expert_mlp
+from moe.kernels.expert_mlp.activation import CLAMP, CLAMPED_SLOPE
 from moe.kernels.permute_index import permute_index
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 NAME = "moe"
 # Where transformers defines its registry, and the plain gate of experts that have none of their own.
 REGISTRY = "transformers.integrations.moe"
+# The gate of transformers that computes `clamped_swiglu` of kernels/expert_mlp/activation.py.
+CLAMPED_GATE = ("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts._apply_gate")
 
 
 class RegisteredExperts(Protocol):
@@ -38,12 +43,14 @@ class RegisteredExperts(Protocol):
 
     gate_up_proj: Tensor  # [e, G, D], or [e, D, G] if transposed
     down_proj: Tensor  # [e, D, F], or [e, F, D]
+    gate_up_proj_bias: Tensor  # [e, G], if has_bias
+    down_proj_bias: Tensor  # [e, D], if has_bias
     act_fn: object
     has_gate: bool
     has_bias: bool
     has_post_expert_norm: bool
     is_transposed: bool
-    is_concatenated: bool
+    is_concatenated: bool  # gate rows first, then up rows; otherwise in turns
     _apply_gate: Any
 
 
@@ -51,10 +58,14 @@ def register_with_transformers() -> None:
     """Make `experts_implementation="moe"` known to transformers, for this process; may be called again.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or older than version 5.
     """
-    from transformers.integrations.moe import ExpertsInterface
-
+    try:
+        from transformers.integrations.moe import ExpertsInterface
+    except ImportError as error:
+        raise ImportError(
+            f"experts_implementation=\"{NAME}\" needs transformers 5: pip install 'joulemoe[convert]'"
+        ) from error
     ExpertsInterface.register(NAME, experts_forward)
 
 
@@ -62,7 +73,8 @@ def switch_experts(model: PreTrainedModel) -> int:
     """Let our kernels compute the experts of a model that is already built; registers them if need be.
 
     Unlike `experts_implementation="moe"`, which transformers accepts for any model, this says at once if
-    there is something that our kernels cannot compute.
+    there is something that our kernels cannot compute. All families of `moe convert` go through the registry
+    (a test lists them), so nothing here replaces modules: a model keeps its parameters and their names.
 
     Args:
         model: on any device, `meta` too; left as it is if it is refused.
@@ -71,7 +83,7 @@ def switch_experts(model: PreTrainedModel) -> int:
         How many modules of experts use our kernels now.
 
     Raises:
-        InputError: the experts need more than SwiGLU, or the model has none in transformers' registry.
+        InputError: the experts need what our kernels do not compute, or are not in transformers' registry.
     """
     experts = [module for module in model.modules() if _is_registered(module)]
     if not experts:
@@ -80,7 +92,7 @@ def switch_experts(model: PreTrainedModel) -> int:
             "model, or computes its experts in code of its own. Use it as it is"
         )
     for module in experts:
-        _require_swiglu(module)
+        _require_known(module)
     register_with_transformers()
     model.set_experts_implementation(NAME)
     return len(experts)
@@ -101,23 +113,39 @@ def experts_forward(
         y_TD in x's dtype. Products are in autocast's dtype where it is on, else in that of the weights.
 
     Raises:
-        InputError: the experts need more than SwiGLU.
+        InputError: the experts need what our kernels do not compute.
         ValueError: shapes or dtypes that the kernels do not take.
     """
-    _require_swiglu(experts)
-    w_gate_up, w_down = experts.gate_up_proj, experts.down_proj
+    _require_known(experts)
+    device = hidden_states.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else experts.gate_up_proj.dtype
+    w_gate_up, w_down = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
+    if not experts.is_concatenated:
+        w_gate_up = _gate_first(w_gate_up, dim=2 if experts.is_transposed else 1)
     if experts.is_transposed:
         w_gate_up, w_down = w_gate_up.mT, w_down.mT
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w_gate_up.dtype
     y_TD = expert_mlp(
         hidden_states.to(dtype),
-        w_gate_up.to(dtype),
-        w_down.to(dtype),
+        w_gate_up,
+        w_down,
         top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32),
         permute_index(top_k_index.flatten(), w_down.shape[0]),
+        activation="clamped_swiglu" if _is_clamped(experts) else "swiglu",
+        biases=_biases(experts, dtype) if experts.has_bias else None,
     )
     return y_TD.to(hidden_states.dtype)
+
+
+def _biases(experts: RegisteredExperts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    b_gate_up, b_down = experts.gate_up_proj_bias.to(dtype), experts.down_proj_bias.to(dtype)
+    return b_gate_up if experts.is_concatenated else _gate_first(b_gate_up, dim=1), b_down
+
+
+def _gate_first(interleaved: Tensor, *, dim: int) -> Tensor:
+    """Gate and up in turns along `dim` -> all of gate, then all of up. A copy: no stride says it."""
+    pairs: Tensor = interleaved.unflatten(dim, (-1, 2))
+    return pairs.transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def _is_registered(module: Any) -> TypeGuard[RegisteredExperts]:
@@ -125,33 +153,39 @@ def _is_registered(module: Any) -> TypeGuard[RegisteredExperts]:
     return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
 
 
-def _require_swiglu(experts: RegisteredExperts) -> None:
-    needs = _beyond_swiglu(experts)
+def _require_known(experts: RegisteredExperts) -> None:
+    needs = _beyond_kernels(experts)
     if needs:
         raise InputError(
             f'{type(experts).__name__} cannot use experts_implementation="{NAME}": it needs '
-            f"{' and '.join(needs)}, and our kernels compute SwiGLU without biases. "
+            f"{' and '.join(needs)}, and our kernels compute SwiGLU and gpt-oss's clamped one. "
             'Use experts_implementation="grouped_mm" or "eager"'
         )
 
 
-def _beyond_swiglu(experts: RegisteredExperts) -> list[str]:
-    """What these experts compute that down(silu(gate(x)) * up(x)) does not."""
+def _beyond_kernels(experts: RegisteredExperts) -> list[str]:
+    """What these experts compute that the kernels do not."""
     needs = []
-    if experts.has_bias:
-        needs.append("biases")
     if experts.has_post_expert_norm:
         needs.append("a norm after each expert")
-    if not experts.is_concatenated:
-        needs.append("interleaved gate and up rows")
     gate = type(experts)._apply_gate
     if not experts.has_gate:
         needs.append("experts without a gate")
+    elif _is_clamped(experts):
+        pass
     elif gate.__module__ != REGISTRY:
         needs.append(f"its own gate, {gate.__qualname__}")
     elif not _is_silu(experts.act_fn):
         needs.append(f"the activation {getattr(experts.act_fn, '__name__', type(experts.act_fn).__name__)}")
     return needs
+
+
+def _is_clamped(experts: Any) -> bool:
+    """Whether the gate is gpt-oss's, with the numbers that the kernels have."""
+    gate = type(experts)._apply_gate
+    if (gate.__module__, gate.__qualname__) != CLAMPED_GATE:
+        return False
+    return bool((experts.alpha, experts.limit) == (CLAMPED_SLOPE, CLAMP))
 
 
 def _is_silu(activation: object) -> bool:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one call of at most nine minutes: tests, benchmarks, tuned tiles, an energy trace.
+# All that needs a GPU, in one call of at most nine minutes: tests, benchmarks, tuned tiles, joules.
 #   bash scripts/gpu_suite.sh --dry-run        # what it would run
 #   bash scripts/gpu_suite.sh [--out FOLDER]   # default: benchmarks/results
 # It writes one FOLDER/<date>-<gpu>.json, whatever fails. Nothing is installed and the network is not used: it

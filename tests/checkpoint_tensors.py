@@ -21,9 +21,14 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def assert_bit_equal(found: Path, expected: Path) -> None:
-    """Fail with the names of the tensors that differ in any byte."""
+def differing_tensors(found: Path, expected: Path) -> tuple[int, list[str]]:
+    """How many tensors both hold, and the names of those that differ in any byte."""
     a, b = tensors(found), tensors(expected)
     assert a.keys() == b.keys()
-    differing = [key for key in a if not torch.equal(a[key].view(torch.uint8), b[key].view(torch.uint8))]
+    return len(a), [key for key in a if not torch.equal(a[key].view(torch.uint8), b[key].view(torch.uint8))]
+
+
+def assert_bit_equal(found: Path, expected: Path) -> None:
+    """Fail with the names of the tensors that differ in any byte."""
+    _, differing = differing_tensors(found, expected)
     assert differing == []

@@ -22,6 +22,11 @@ from poison import poisoned_empty
 from ranks_pool import RankPool
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--layout-json: see tests/engine/conftest.py."""
+    parser.addoption("--layout-json", metavar="FILE", help="write the layouts that were compared")
+
+
 def pytest_configure() -> None:
     """A shell's background job ignores SIGINT, and so would every program that a test interrupts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -195,11 +195,16 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 
 def make_model(family: str, size: str, seed: int, **changes: Any) -> Any:
     """A random model in fp32: matrices, norms, biases and buffers."""
+    config_class, sizes = FAMILIES[family]
+    return random_model(config_class, sizes[size] | changes, seed)
+
+
+def random_model(config_class: str, sizes: dict[str, Any], seed: int) -> Any:
+    """The same of any class of configs."""
     import transformers
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    config_class, sizes = FAMILIES[family]
-    config = getattr(transformers, config_class)(**sizes[size] | changes)
+    config = getattr(transformers, config_class)(**sizes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

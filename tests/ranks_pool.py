@@ -11,6 +11,7 @@ but has never computed with it, so that the seconds of imports are paid once a s
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import os
 import pickle
@@ -201,6 +202,7 @@ def _serve(pipe: Connection, rank: int, stack_path: Path, init_process_group: bo
         MASTER_ADDR="127.0.0.1",
         TORCHELASTIC_USE_AGENT_STORE="True",  # rank 0 too connects to the parent's store, serves none
     )
+    gc.freeze()  # what was imported; collections between jobs look at the rest only
     while True:
         try:
             job = pipe.recv()
@@ -229,6 +231,7 @@ def _call(job: _Job, init_process_group: bool) -> Any:
     args = pickle.loads(job.args)
     # The group of the last job. Not at its end: who leaves early breaks the connections of slower ranks.
     _leave_process_group()
+    gc.collect()  # with its groups go their threads
     if init_process_group:
         dist.init_process_group("gloo", timeout=timedelta(seconds=job.timeout_s))
     try:

@@ -10,6 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moe.config.energy_rules import ENERGY_CHECKS
+from moe.config.engine_rules import ENGINE_CHECKS
+from moe.config.optim_rules import OPTIM_CHECKS
+from moe.config.parallel_rules import PARALLEL_CHECKS
+
 _LAYOUT = ("world_size", "parallel.tp", "parallel.pp", "parallel.cp")
 _LARGEST_LISTED_DIVISOR = 1024  # of a size; no layout is wider along one axis
 
@@ -69,10 +74,6 @@ def _divides(small_key: str, big_key: str) -> Rule:
 # ---- layout -----------------------------------------------------------------------------------------------
 
 
-def _context_parallel(cp: int) -> str | None:
-    return None if cp == 1 else f"parallel.cp={cp}: context parallelism is not available yet; allowed: 1"
-
-
 def _world(world: int, tp: int, pp: int, cp: int) -> str | None:
     need = tp * pp * cp
     if world % need == 0:
@@ -93,6 +94,29 @@ def _ep_ranks(ep: int, world: int, pp: int) -> str | None:
     )
 
 
+def _dispatcher(dispatcher: str) -> str | None:
+    """Fused dispatchers are refused until one was run: rows that went astray would train without a word."""
+    libraries = {"deepep": "DeepEP", "hybridep": "HybridEP, of DeepEP's branch hybrid-ep,"}
+    if dispatcher not in libraries:
+        return None
+    return (
+        f"parallel.dispatcher={dispatcher}: {libraries[dispatcher]} is a CUDA library (package deep_ep, for "
+        "Hopper, sm_90, or Blackwell, sm_100, with NVLink and RDMA) that has no tested adapter here yet; "
+        "use parallel.dispatcher=hierarchical, which sends as many rows over the network, or alltoall"
+    )
+
+
+def _whole_nodes(dispatcher: str, per_node: int, ep: int) -> str | None:
+    if dispatcher != "hierarchical" or (per_node == 0 and ep > 1):  # the launcher's number is seen at start
+        return None
+    if per_node and ep % per_node == 0 and ep > per_node:
+        return None
+    return (
+        f"parallel.dispatcher=hierarchical needs parallel.ep={ep} to be two or more whole nodes of "
+        f"parallel.ranks_per_node={per_node}; inside one node use parallel.dispatcher=alltoall"
+    )
+
+
 def _per_step(key: str) -> Rule:
     """The sequences of one optimizer step or one evaluation must fill every data-parallel rank alike."""
 
@@ -107,6 +131,26 @@ def _per_step(key: str) -> Rule:
         )
 
     return Rule((key, "train.micro_batch_size", *_LAYOUT), check)
+
+
+def _in_turns(key: str) -> Rule:
+    """Chunks take turns in rounds of as many micro-batches as there are stages."""
+
+    def check(sequences: int, micro: int, vpp: int, world: int, *tp_pp_cp: int) -> str | None:
+        dp, rest = divmod(world, math.prod(tp_pp_cp))
+        if vpp == 1 or rest or sequences % (micro * dp):  # findings of other rules
+            return None
+        pp = tp_pp_cp[1]
+        rounds = micro * dp * pp
+        if sequences % rounds == 0:
+            return None
+        return (
+            f"with parallel.vpp={vpp}, {key}={sequences} must be a multiple of train.micro_batch_size*dp*"
+            f"parallel.pp = {micro}*{dp}*{pp} = {rounds}; use for example "
+            f"{max(1, round(sequences / rounds)) * rounds}"
+        )
+
+    return Rule((key, "train.micro_batch_size", "parallel.vpp", *_LAYOUT), check)
 
 
 # ---- model ------------------------------------------------------------------------------------------------
@@ -253,15 +297,6 @@ def _heldout(heldout: tuple[object, ...], train: tuple[object, ...], tokenizer: 
     return None
 
 
-def _power(full_w: float, idle_w: float) -> str | None:
-    if full_w >= idle_w:
-        return None
-    return (
-        f"energy.full_w_per_cpu={full_w:g} is below energy.idle_w_per_cpu={idle_w:g}; "
-        "a busy CPU draws no less than an idle one"
-    )
-
-
 def _aligned(key: str) -> Rule:
     """Grouped GEMMs take rows whose length is a multiple of 16 bytes."""
 
@@ -280,16 +315,16 @@ def _aligned(key: str) -> Rule:
 RULES: tuple[Rule, ...] = (
     _aligned("model.hidden_size"),
     _aligned("model.expert_hidden_size"),
-    Rule(("parallel.cp",), _context_parallel),
     Rule(_LAYOUT, _world),
     Rule(("parallel.ep", "world_size", "parallel.pp"), _ep_ranks),
     _divides("parallel.ep", "model.num_experts"),
-    _divides("parallel.pp", "model.num_layers"),
+    Rule(("parallel.dispatcher",), _dispatcher),
+    Rule(("parallel.dispatcher", "parallel.ranks_per_node", "parallel.ep"), _whole_nodes),
+    *(Rule(keys, check) for keys, check in PARALLEL_CHECKS),
     _divides("parallel.tp", "model.attention.num_heads"),
     _divides("parallel.tp", "model.ffn_hidden_size"),
     _divides("parallel.tp", "model.shared_expert_hidden_size"),
     _divides("parallel.tp", "model.vocab_size"),
-    _divides("parallel.tp", "data.seq_length"),  # sequence parallelism splits the sequence over tp
     Rule(
         ("parallel.tp", "model.attention.num_query_groups", "model.attention.kind"),
         _tp_groups,
@@ -318,8 +353,12 @@ RULES: tuple[Rule, ...] = (
     Rule(("model.router.score", "model.router.score_before_topk"), _order),
     _per_step("train.global_batch_size"),
     _per_step("train.eval_sequences"),
+    _in_turns("train.global_batch_size"),
+    _in_turns("train.eval_sequences"),
     Rule(("optim.min_lr", "optim.lr"), _lr),
     Rule(("optim.warmup_steps", "optim.decay_steps"), _warmup),
+    *(Rule(keys, check) for keys, check in ENGINE_CHECKS),
+    *(Rule(keys, check) for keys, check in OPTIM_CHECKS),
     Rule(("data.heldout", "data.train", "data.tokenizer"), _heldout),
-    Rule(("energy.full_w_per_cpu", "energy.idle_w_per_cpu"), _power),
+    *(Rule(keys, check) for keys, check in ENERGY_CHECKS),
 )

@@ -143,17 +143,33 @@ class DataSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW with linear warm-up and cosine decay."""
+    """The optimizer and its learning rate. Steps are counted from the start of the run."""
 
+    # muon (arXiv 2502.16982) for the matrices of layers and experts, with AdamW for all else
+    name: Literal["adamw", "muon"] = "adamw"
     lr: Positive
     min_lr: NonNegative = 0.0
+    # Of lr after the linear warm-up. cosine: falls to min_lr. wsd: stays until stable_steps, then falls so
+    # (warm-up, stable, decay; arXiv 2404.06395). constant: stays.
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: CountOrZero = 0
-    decay_steps: CountOrZero = 0  # 0: decay over train.steps
+    stable_steps: CountOrZero = 0  # wsd: where the decay begins
+    decay_steps: CountOrZero = 0  # where it ends; 0: at train.steps
     weight_decay: NonNegative = 0.1  # the usual of this size class (GPT-3, DeepSeek-V3)
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     eps: Positive = 1e-8
+    muon_momentum: Fraction = 0.95  # Keller Jordan's and Moonlight's
+    # Attention logit above which a head's queries and keys are scaled down (arXiv 2507.20534: 100); 0: never
+    qk_clip: NonNegative = 0.0
     clip_grad_norm: NonNegative = 1.0  # 0: no clipping
+
+
+class BatchStage(Section):
+    """So many steps with such a batch."""
+
+    steps: Count
+    global_batch_size: Count
 
 
 class TrainSection(Section):
@@ -161,8 +177,12 @@ class TrainSection(Section):
 
     steps: Count
     global_batch_size: Count  # sequences a step, over all ranks
+    batch_schedule: tuple[BatchStage, ...] = ()  # smaller batches of the first steps, one stage after another
     micro_batch_size: Count
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16 keeps fp32 main parameters and gradients
+    # Computed again in the backward pass instead of kept. selective: attention between its projections, with
+    # MLA's norms and up-projections; full: whole layers, of which only the inputs stay.
+    recompute: Literal["none", "selective", "full"] = "none"
     log_interval: Count = 1
     eval_interval: CountOrZero = 0  # 0: only at the end
     eval_sequences: Count = 64
@@ -174,14 +194,30 @@ class ParallelSection(Section):
 
     tp: Count = 1
     pp: Count = 1
+    vpp: Count = 1  # model chunks of a pipeline rank, run in turns (interleaved 1F1B, arXiv 2104.04473)
+    # Layers of each of the pp * vpp chunks in model order, chunk i on stage i % pp. Empty: balanced by their
+    # work for a token; the last chunk also has the output layer and multi-token prediction.
+    stage_layers: tuple[CountOrZero, ...] = ()
     ep: Count = 1
-    cp: Count = 1
+    etp: Count = 1  # ranks that split each expert; only 1, see rules.py
+    # How rows reach experts. alltoall: one for each (token, expert). hierarchical: one for each (token, node)
+    # over the network, handed on inside the node. deepep, hybridep: not available, see rules.py.
+    dispatcher: Literal["alltoall", "hierarchical", "deepep", "hybridep"] = "alltoall"
+    ranks_per_node: CountOrZero = 0  # for hierarchical; 0: as many as the launcher started on this machine
+    overlap_shared_expert: bool = False  # compute shared experts while rows travel; the same bits
+    cp: Count = 1  # ranks that split a sequence inside attention
+    overlap_grad_reduce: bool = False  # reduce gradients during the last backward pass of a step
+    overlap_param_gather: bool = False  # gather updated weights during the first forward pass of a step
 
 
 class EngineSection(Section):
     """Which engine trains, and where."""
 
-    name: Literal["megatron"] = "megatron"
+    name: Literal["megatron", "deepspeed"] = "megatron"
+    # deepspeed: what is sharded over data-parallel ranks. 1 moments and fp32 weights, 2 gradients, 3 all
+    # weights (arXiv 1910.02054); what of it lives in the host's memory, `all` with the weights of stage 3.
+    zero_stage: Literal[1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "all"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "torch", "triton"] = "auto"  # auto is triton on CUDA, torch elsewhere
     # A collective that waits longer ends the run; at most a month. Ten minutes outlast a slow file system.
@@ -198,12 +234,20 @@ class CheckpointSection(Section):
 class EnergySection(Section):
     """How energy is read; an estimate is always called one."""
 
-    meter: Literal["auto", "nvml", "rapl", "estimate"] = "auto"
+    meter: Literal["auto", "nvml", "amd", "rapl", "command", "estimate"] = "auto"
     # The model of an estimate: idle_w + (full_w - idle_w) * busy share, for each logical CPU. Defaults:
     # averages of server CPUs that Cloud Carbon Footprint derives from SPECpower; see metering/estimate.py.
     idle_w_per_cpu: NonNegative = 0.74
     full_w_per_cpu: NonNegative = 3.5
     gpu_w: NonNegative = 0.0  # per GPU, where NVML is absent; their power limit is an upper bound
+    # Argv of a program that prints what a whole machine draws: see metering/command_meter.py.
+    node_command: tuple[str, ...] = ()
+    # What surrounds the meter, where nothing measures it; defaults: ratings, see metering/boundaries.py.
+    host_w_per_gpu: NonNegative = 575.0
+    fabric_w_per_gpu: NonNegative = 251.0
+    pue: NonNegative = 0.0  # facility over IT energy; 0: unknown
+    pue_source: str = ""  # who states it, and for when
+    record: bool = False  # keep every sample of GPU meters: 17 lines a second and machine in energy_trace/
 
 
 class TrackingSection(Section):

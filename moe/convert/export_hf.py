@@ -19,11 +19,12 @@ from moe.config.schema import ModelSection
 from moe.convert.families import FAMILIES, Family, family_named, family_of_config
 from moe.convert.hf_reader import CONFIG_FILE
 from moe.convert.hf_writer import TORCH_DTYPES, write_safetensors
-from moe.convert.import_hf import PARTIAL_SUFFIX, refuse_existing
 from moe.convert.logits import LogitCheck, compare_logits
 from moe.convert.mapping import Part, Shape, bind
 from moe.convert.model_of import run_config
 from moe.convert.shards import METADATA_FILE, ShardReader
+from moe.convert.text_files import copy_text_files, text_files_of
+from moe.convert.write_checkpoint import PARTIAL_SUFFIX, refuse_existing
 from moe.durable import fsync_directory, storage_error, write_atomically
 from moe.engine.one_rank import tensor_shapes
 from moe.errors import InputError
@@ -71,7 +72,7 @@ def export_hf(
     check_logits: bool,
     note: Callable[[str], None],
 ) -> LogitCheck | None:
-    """Write config.json and safetensors that `from_pretrained` loads.
+    """Write config.json and safetensors that `from_pretrained` loads, and the tokenizer if it was imported.
 
     Each tensor keeps the dtype that the checkpoint holds. Memory holds no more than the largest stored shard
     twice, but for the logit check, which holds both models.
@@ -93,13 +94,17 @@ def export_hf(
     refuse_existing(hf_dir)
     source = open_checkpoint(checkpoint, family)
     source.check_left_out()
+    text_files = text_files_of(checkpoint)
     note(f"{checkpoint}: {source.family.name}, {len(source.layout):,} tensors")
+    if not any(path.name.startswith("tokenizer") for path in text_files):
+        note("the checkpoint has no tokenizer; copy its files from the folder that the weights came from")
     partial = hf_dir.with_name(hf_dir.name + PARTIAL_SUFFIX)
     try:
         shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
         partial.mkdir(parents=True)
         write_atomically(partial / CONFIG_FILE, json.dumps(source.config, indent=2, sort_keys=True) + "\n")
         write_safetensors(partial, source.layout, source.read)
+        copy_text_files(text_files, partial)
         found = compare_logits(partial, checkpoint, source.model) if check_logits else None
         partial.rename(hf_dir)
         fsync_directory(hf_dir.parent)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe.convert.mapping import Part, Shape
+from moe.convert.mapping import Shape
 from moe.errors import InputError
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPES = ("F32", "BF16", "F16")
+_DERIVED = ".self_attn.rotary_emb.inv_freq"
 _MOST_LISTED = 20  # problems in one message
 
 
@@ -37,7 +38,8 @@ class HfFolder:
     Attributes:
         path: the folder.
         config: the content of config.json.
-        tensors: every tensor by name.
+        tensors: every tensor by name, but for the rotary frequencies that old versions of transformers saved
+            and no version reads: config.json determines them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,14 +53,16 @@ class HfFolder:
         self.tensors: dict[str, TensorInfo] = {}
         for file in _weight_files(path):
             for name, info in _header(file).items():
+                if name.endswith(_DERIVED):
+                    continue
                 if name in self.tensors:
                     raise InputError(
                         f"{name} stands in {self.tensors[name].file} and in {file}; remove one of the two"
                     )
                 self.tensors[name] = info
 
-    def read(self, name: str) -> Tensor:
-        """One tensor. The file is opened for it alone, so that nothing of it stays mapped.
+    def read(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
+        """One tensor, or a region of it. The file is opened for it alone, so that nothing of it stays mapped.
 
         Raises:
             InputError: the file cannot be read.
@@ -66,25 +70,25 @@ class HfFolder:
         file = self.tensors[name].file
         try:
             with safe_open(file, framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(name)
+                tensor: Tensor = opened.get_tensor(name) if region is None else opened.get_slice(name)[region]
         except (OSError, SafetensorError) as error:
             raise InputError(f"{file}: cannot read {name}: {error}. Copy the file again.") from error
         return tensor
 
 
-def check_tensors(folder: HfFolder, parts: Sequence[Part], copies: Mapping[str, str]) -> None:
+def check_tensors(folder: HfFolder, shapes: Mapping[str, Shape], copies: Mapping[str, str]) -> None:
     """Compare a folder's headers with what a model is made of.
 
     Args:
         folder: its headers are enough, but for copies.
-        parts: of the model.
+        shapes: of every tensor of the model.
         copies: tensors that may be there, and the one that each must equal.
 
     Raises:
         InputError: names every tensor that is missing, not known, or of another shape or an unknown dtype,
             and every copy that differs.
     """
-    expected = {name: shape for part in parts for name, shape in part.theirs}
+    expected = dict(shapes)
     problems = [f"{name}: missing" for name in expected if name not in folder.tensors]
     expected |= {copy: expected[name] for copy, name in copies.items() if copy in folder.tensors}
     problems += [

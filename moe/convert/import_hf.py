@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import yaml
-from pydantic import JsonValue
-from torch import Tensor
-
-from moe.checkpoint.manifest import commit_manifest, hash_files
 from moe.config.schema import ModelSection
-from moe.convert.families import Family, family_of_config
+from moe.convert.families import family_of_config
 from moe.convert.hf_reader import HfFolder, check_tensors
-from moe.convert.hf_writer import TORCH_DTYPES
 from moe.convert.logits import LogitCheck, compare_logits
-from moe.convert.mapping import Part, bind
+from moe.convert.mapping import bind
 from moe.convert.model_of import run_config
-from moe.convert.shards import write_shards
-from moe.durable import fsync_directory, require_free_space, storage_error, write_atomically
+from moe.convert.text_files import text_files_of
+from moe.convert.write_checkpoint import Incoming, refuse_existing, write_checkpoint
 from moe.engine.one_rank import tensor_shapes
-from moe.errors import InputError
-
-MODEL_FILE = "model.yaml"
-PARTIAL_SUFFIX = ".partial"
 
 
 def import_hf(
@@ -37,8 +24,13 @@ def import_hf(
     No tensor is changed: each keeps its dtype. Memory holds no more than the largest tensor twice, but for
     the logit check, which holds both models.
 
+    A tensor is told by its name and shape. One that stands transposed in a square matrix, or whose values
+    are others, cannot be told from the right one by anybody who has this folder alone: transformers loads
+    the same file. `moe convert check` against a second copy sees a single bit.
+
     Args:
-        hf_dir: as `save_pretrained` writes it; only the files that hold weights are read.
+        hf_dir: as `save_pretrained` writes it; of its files those that hold weights are read, those of the
+            tokenizer copied.
         checkpoint: the folder to write; it must not exist. Beside the shards it gets `model.yaml`, the
             section `model` of a recipe.
         check_logits: compare our logits with those of transformers at the end.
@@ -52,28 +44,28 @@ def import_hf(
     """
     refuse_existing(checkpoint)
     folder = HfFolder(hf_dir)
+    text_files = text_files_of(hf_dir)
     family = family_of_config(folder.config)
     model = _without_absent_predictions(folder, family.model_of(folder.config), note)
     parts = bind(family.table(model), tensor_shapes(run_config(model, precision="fp32")), family.name)
-    check_tensors(folder, parts, family.copies(model))
+    copies = family.copies(model)
+    check_tensors(folder, {name: shape for part in parts for name, shape in part.theirs}, copies)
     note(f"{hf_dir}: {family.name}, {len(folder.tensors):,} tensors, all as config.json says")
-    partial = checkpoint.with_name(checkpoint.name + PARTIAL_SUFFIX)
-    try:
-        _write(folder, model, parts, partial, _state(folder, family, model, parts))
-        found = compare_logits(hf_dir, partial, model) if check_logits else None
-        partial.rename(checkpoint)
-        fsync_directory(checkpoint.parent)
-    except OSError as error:
-        raise storage_error(checkpoint, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return found
-
-
-def refuse_existing(path: Path) -> None:
-    """Raise InputError if something has that name already."""
-    if path.exists():
-        raise InputError(f"{path} exists already; remove it or choose another name")
+    incoming = Incoming(
+        family=family,
+        config=folder.config,
+        model=model,
+        parts=parts,
+        dtypes={name: info.dtype for name, info in folder.tensors.items()},
+        copies=[name for name in copies if name in folder.tensors],
+        text_files=text_files,
+        read=folder.read,
+    )
+    return write_checkpoint(
+        checkpoint,
+        incoming,
+        lambda written: compare_logits(hf_dir, written, model) if check_logits else None,
+    )
 
 
 def _without_absent_predictions(
@@ -85,52 +77,3 @@ def _without_absent_predictions(
         return model
     note(f"config.json counts {model.mtp_layers} layer(s) of multi-token prediction; the folder has none")
     return model.model_copy(update={"mtp_layers": 0})
-
-
-def dtypes_of(folder: HfFolder, parts: Sequence[Part]) -> dict[str, torch.dtype]:
-    """For each of our tensors the widest dtype among the tensors that it is made of; fp32 if of none."""
-    dtypes: dict[str, torch.dtype] = {}
-    for part in parts:
-        for found in [TORCH_DTYPES[folder.tensors[name].dtype] for name, _ in part.theirs]:
-            dtypes[part.key] = torch.promote_types(dtypes.get(part.key, found), found)
-        dtypes.setdefault(part.key, torch.float32)
-    return dtypes
-
-
-def _write(
-    folder: HfFolder, model: ModelSection, parts: Sequence[Part], partial: Path, state: dict[str, JsonValue]
-) -> None:
-    dtypes = dtypes_of(folder, parts)
-
-    def read(part: Part) -> Tensor:
-        return part.join([folder.read(name) for name, _ in part.theirs]).to(dtypes[part.key])
-
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed import left
-    partial.mkdir(parents=True)
-    needed_bytes = sum(math.prod(part.shape) * dtypes[part.key].itemsize for part in parts)
-    require_free_space(partial, needed_bytes)
-    write_shards(partial, parts, dtypes, read)
-    recipe = {"model": model.model_dump(mode="json", exclude_defaults=True)}
-    write_atomically(partial / MODEL_FILE, yaml.safe_dump(recipe, sort_keys=False))
-    names = sorted(path.name for path in partial.iterdir())
-    commit_manifest(partial, step=0, entries=hash_files(partial, names), state=state)
-
-
-def _state(
-    folder: HfFolder, family: Family, model: ModelSection, parts: Sequence[Part]
-) -> dict[str, JsonValue]:
-    """What an export needs beside tensors: the model, where it came from, and dtypes that fusing widened."""
-    dtypes = dtypes_of(folder, parts)
-    widened: dict[str, JsonValue] = {
-        name: folder.tensors[name].dtype
-        for part in parts
-        for name, _ in part.theirs
-        if TORCH_DTYPES[folder.tensors[name].dtype] != dtypes[part.key]
-    }
-    origin: dict[str, JsonValue] = {
-        "family": family.name,
-        "config": dict(folder.config),
-        "dtypes": widened,
-        "copies": [name for name in family.copies(model) if name in folder.tensors],
-    }
-    return {"model": model.model_dump(mode="json"), "huggingface": origin}

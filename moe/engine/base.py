@@ -69,6 +69,7 @@ class Engine(Protocol):
     torch_device: torch.device
     params_total: int
     checkpoint_bytes: int
+    num_microbatches: int  # of the next step, on this rank; a batch that grows sets it between steps
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         """Forward, backward and update over this rank's micro-batches of a global batch."""

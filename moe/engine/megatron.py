@@ -1,4 +1,4 @@
-"""The Megatron-Core engine: tensor, pipeline, expert and data parallelism with the distributed optimizer.
+"""The Megatron-Core engine: tensor, pipeline, expert, context and data parallelism, distributed optimizer.
 
 One class for a laptop's CPU and for a cluster; only the communication backend differs (gloo or NCCL).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -16,32 +17,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from moe.checkpoint.shard_writer import InProcessShardWriter
 from moe.config.schema import RunConfig
 from moe.engine.base import Batch, EvalResult, Layout, StepResult, TrainingDivergedError
 from moe.engine.device import choose_device
-from moe.engine.megatron_optimizer import build_optimizer, create_moments
+from moe.engine.megatron_optimizer import build_optimizer
+from moe.engine.megatron_state import count_parameters, load_state, save_state
+from moe.engine.mtp_loss import forget_mtp_losses, mean_over_sequence, summed_mtp_loss
 from moe.engine.token_loss import token_loss
 from moe.engine.without_cuda import without_cuda
 from moe.layer import updated_bias
-from moe.model.build import DTYPES, build_model, load_weights, sharded_state
-from moe.model.init import global_sizes
+from moe.model.build import DTYPES, build_model, load_weights
+from moe.model.context_parallel import positions_of
 from moe.model.moe_adapter import MoEAdapter
-
-OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+from moe.model.spec import MTP_LAYER
 
 
 class MegatronEngine:
@@ -70,9 +72,10 @@ class MegatronEngine:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp,
             pipeline_model_parallel_size=parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
             context_parallel_size=parallel.cp,
             expert_model_parallel_size=parallel.ep,
-            expert_tensor_parallel_size=1,
+            expert_tensor_parallel_size=parallel.etp,
             create_gloo_process_groups=False,
             distributed_timeout_minutes=config.engine.timeout_s / 60,
         )
@@ -98,47 +101,55 @@ class MegatronEngine:
 
     def _build(self, config: RunConfig) -> None:
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        self.model = build_model(config, groups, num_microbatches=self.num_microbatches).to(self.torch_device)
-        # By index, from 0; those of multi-token prediction follow the last layer.
-        ahead = (
-            [module.transformer_layer for module in self.model.mtp.layers] if self.model.mtp_process else []
-        )
+        self.cp_group = groups.cp
+        self.models = [
+            build_model(config, groups, num_microbatches=self.num_microbatches, chunk=chunk).to(
+                self.torch_device
+            )
+            for chunk in range(config.parallel.vpp)
+        ]
         self.moe_layers = {
             layer.layer_number - 1: layer.mlp
-            for layer in [*self.model.decoder.layers, *ahead]
+            for model in self.models
+            for layer in _layers_of(model)
             if isinstance(layer.mlp, MoEAdapter)
         }
-        self.params_total = self._count_parameters()
+        self.params_total = count_parameters(self.models)
         # Each parameter with its fp32 main copy and two fp32 moments.
         self.checkpoint_bytes = self.params_total * (DTYPES[config.train.precision].itemsize + 12)
-        megatron_config = self.model.config
-        self.ddp = DistributedDataParallel(
-            megatron_config,
-            DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-            self.model,
-        )
-        self.optimizer = build_optimizer(config, self.ddp)
+        self.ddps = [
+            # Buckets are for the first chunk, whose reduction and gathering nothing else could hide.
+            DistributedDataParallel(model.config, self._ddp_config(), model, disable_bucketing=chunk > 0)
+            for chunk, model in enumerate(self.models)
+        ]
+        self.optimizer = build_optimizer(config, self.ddps)
+        megatron_config = self.models[0].config  # the one that the schedule reads
         megatron_config.grad_scale_func = self.optimizer.scale_loss
-        megatron_config.no_sync_func = self.ddp.no_sync
+        no_sync = [ddp.no_sync for ddp in self.ddps]
+        megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         megatron_config.finalize_model_grads_func = finalize_model_grads
 
-    def _count_parameters(self) -> int:
-        """Parameters of the whole model: global shapes of this stage's tensors, each key once."""
-        sizes = global_sizes(sharded_state(self.model))
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, sizes)
-        return sum({key: size for part in gathered for key, size in part.items()}.values())
+    def _ddp_config(self) -> DistributedDataParallelConfig:
+        parallel = self.config.parallel
+        return DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+        )
 
     # ---- training -----------------------------------------------------------------------------------------
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         """See Engine. Raises TrainingDivergedError if the loss or the gradient norm is not finite."""
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddps:
+            ddp.train()
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         for adapter in self.moe_layers.values():
             adapter.reset_step()
-        MTPLossLoggingHelper.tracker.clear()  # a global of Megatron, which sums over micro-batches
+            adapter.num_microbatches = self.num_microbatches
+        forget_mtp_losses()
         stored = self._run_schedule(batches, self.num_microbatches, forward_only=False)
         loss, mtp_loss, balance, z = self._reduce_losses(stored)
         if not math.isfinite(loss):
@@ -173,20 +184,24 @@ class MegatronEngine:
     def _run_schedule(
         self, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool
     ) -> list[dict[str, Tensor]]:
-        stored: list[dict[str, Tensor]] = get_forward_backward_func()(
-            forward_step_func=self._forward_step,
-            data_iterator=batches,
-            model=[self.ddp],
-            num_microbatches=num_microbatches,
-            seq_length=self.config.data.seq_length,
-            micro_batch_size=self.config.train.micro_batch_size,
-            decoder_seq_length=self.config.data.seq_length,
-            forward_only=forward_only,
-        )
+        iterators = list(itertools.tee(batches, len(self.ddps)))
+        with mean_over_sequence(self.cp_group):
+            stored: list[dict[str, Tensor]] = get_forward_backward_func()(
+                forward_step_func=self._forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.ddps,
+                num_microbatches=num_microbatches,
+                seq_length=self.config.data.seq_length,
+                micro_batch_size=self.config.train.micro_batch_size,
+                decoder_seq_length=self.config.data.seq_length,
+                forward_only=forward_only,
+            )
         return stored
 
     def _forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-        batch = {name: tensor.to(self.torch_device) for name, tensor in next(batches).items()}
+        whole = {name: tensor.to(self.torch_device) for name, tensor in next(batches).items()}
+        num_tokens = whole["loss_mask_BS"].sum()
+        batch = {name: self._own_positions(tensor) for name, tensor in whole.items()}
         output = model(
             batch["tokens_BS"],
             batch["position_ids_BS"],
@@ -194,7 +209,15 @@ class MegatronEngine:
             labels=batch["labels_BS"],
             loss_mask=batch["loss_mask_BS"],
         )
-        return output, partial(token_loss, batch["loss_mask_BS"], batch["labels_BS"])
+        return output, partial(token_loss, batch["loss_mask_BS"], batch["labels_BS"], num_tokens=num_tokens)
+
+    def _own_positions(self, whole_BS: Tensor) -> Tensor:
+        """Those that this rank holds under context parallelism."""
+        cp = self.layout.cp
+        if cp == 1:
+            return whole_BS
+        places = positions_of(self.cp_group.rank(), cp, whole_BS.shape[1] // cp, whole_BS.device)
+        return whole_BS.index_select(1, places)
 
     def _reduce_losses(self, stored: list[dict[str, Tensor]]) -> tuple[float, float, float, float]:
         """Means over the global batch, on every rank: losses of tokens live on the last stage, others on all.
@@ -202,17 +225,18 @@ class MegatronEngine:
         Returns:
             Loss of the next token, of further ones, of balance, z.
         """
-        tp, dp = self.layout.tp, self.layout.dp * self.layout.cp
+        tp, dp, cp = self.layout.tp, self.layout.dp, self.layout.cp
         sums_4 = torch.zeros(4, dtype=torch.float64, device=self.torch_device)
-        for microbatch in stored:
+        for microbatch in stored:  # each rank of cp has its part of a sum, those of tp the same one
             sums_4[0] += microbatch["loss"] / (len(stored) * tp * dp)
-        if "values" in MTPLossLoggingHelper.tracker:
-            sums_4[1] += MTPLossLoggingHelper.tracker["values"].mean() / (self.num_microbatches * tp * dp)
-        for adapter in self.moe_layers.values():
+        mtp_loss = summed_mtp_loss()
+        if mtp_loss is not None:  # a mean on each rank
+            sums_4[1] += mtp_loss / (self.num_microbatches * tp * dp * cp)
+        for adapter in self.moe_layers.values():  # each rank of tp and cp has its part
             sums_4[2:] += adapter.losses_2 / dp
         dist.all_reduce(sums_4)
-        loss, mtp_loss, balance, z = sums_4.tolist()
-        return loss, mtp_loss, balance, z
+        loss, further, balance, z = sums_4.tolist()
+        return loss, further, balance, z
 
     def _reduce_counts(self) -> Tensor:
         """Expert loads over the global batch; moves the expert biases by them."""
@@ -237,7 +261,8 @@ class MegatronEngine:
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], num_batches: int, token_bytes_V: Tensor) -> EvalResult:
         """See Engine."""
-        self.ddp.eval()
+        for ddp in self.ddps:
+            ddp.eval()
         stored = self._run_schedule(batches, num_batches, forward_only=True)
         sums_3 = torch.zeros(3, dtype=torch.float64, device=self.torch_device)
         for microbatch in stored:
@@ -250,23 +275,12 @@ class MegatronEngine:
 
     # ---- checkpoints --------------------------------------------------------------------------------------
 
-    def _optimizers(self) -> list[Any]:
-        return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
-
-    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        model_state = sharded_state(self.model)
-        optimizer_state = {
-            str(index): optimizer.sharded_param_state_fully_reshardable(
-                model_state, is_loading, metadata=OPTIMIZER_METADATA
-            )
-            for index, optimizer in enumerate(self._optimizers())
-        }
-        return {"model": model_state, "optimizer": optimizer_state}
-
     def save_shards(self, directory: Path) -> None:
         """See Engine; Megatron's dist_checkpointing, fully reshardable."""
-        state = self._sharded_state(is_loading=False)
-        dist_checkpointing.save(state, str(directory), InProcessShardWriter())
+        if self.config.parallel.overlap_param_gather:
+            for ddp in self.ddps:  # updated weights are elsewhere until the next forward pass
+                ddp.start_param_sync(force_sync=True)
+        save_state(self.models, self.optimizer, directory)
 
     def shard_files(self, directory: Path) -> list[str]:
         """See Engine; rank 0 also writes the descriptions."""
@@ -275,25 +289,12 @@ class MegatronEngine:
 
     def load_shards(self, directory: Path, step: int) -> None:
         """See Engine."""
-        moments = [state for optimizer in self._optimizers() for state in create_moments(optimizer)]
-        loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))
-        self.model.load_state_dict(loaded["model"])
-        for index, optimizer in enumerate(self._optimizers()):
-            # A stage without experts has an empty expert optimizer, of which a checkpoint may hold nothing.
-            optimizer.load_parameter_state_from_fully_reshardable(loaded["optimizer"].get(str(index), {}))
-        # Updates so far, for Adam's bias correction. torch keeps them beside each parameter, not in the group
-        # where Megatron's own state dict looks for them, so they travel in our manifest instead.
-        for state in moments:
-            state["step"] = torch.tensor(float(step))
-        for optimizer in self._optimizers():
-            if not isinstance(optimizer.optimizer, torch.optim.AdamW):
-                # Apex's and Transformer Engine's FusedAdam, which Megatron prefers, count in the group.
-                for group in optimizer.optimizer.param_groups:
-                    group["step"] = step
+        load_state(self.models, self.optimizer, directory, step)
 
     def load_weights(self, directory: Path) -> None:
         """See Engine."""
-        load_weights(self.model, directory)
+        for model in self.models:
+            load_weights(model, directory)
         self.optimizer.reload_model_params()
 
     def rng_state(self) -> dict[str, Tensor]:
@@ -317,5 +318,18 @@ class MegatronEngine:
         get_cuda_rng_tracker().set_states(tracker)
 
     def close(self) -> None:
-        """See Engine."""
+        """See Engine. Afterwards the model's memory is free as soon as nobody holds the engine."""
+        for model, ddp in zip(self.models, self.ddps, strict=True):
+            # Autograd's hooks hold the model, and the optimizer's views of fp32 weights hold the hooks: a cycle
+            # through C++, which Python's collector does not see.
+            model.config.grad_scale_func = None
+            ddp.grad_accs.clear()
+            for parameter in ddp.parameters():
+                vars(parameter).pop("main_param", None)
         self._undo.close()
+
+
+def _layers_of(model: GPTModel) -> list[TransformerLayer]:
+    """Of a chunk; those of multi-token prediction, which follow the last layer, are numbered after it."""
+    ahead = [getattr(module, MTP_LAYER) for module in model.mtp.layers] if model.mtp_process else []
+    return [*model.decoder.layers, *ahead]

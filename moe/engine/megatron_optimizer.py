@@ -1,6 +1,15 @@
-"""The optimizer of the Megatron engine: main parameters in fp32, sharded over data-parallel ranks."""
+"""The optimizer of the Megatron engine: main parameters in fp32, sharded over data-parallel ranks.
+
+megatron-core's own Muon needs a package beside it, refuses the distributed optimizer, and leaves the matrices
+of experts to AdamW, for ours are one tensor. So its distributed optimizer gets ours (moe.optim) in the place
+of AdamW: buffers, sharding, clipping and checkpoints stay Megatron's.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -16,11 +25,16 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
 from moe.config.schema import RunConfig
+from moe.engine.megatron_qk_clip import QkClip, Slice
 from moe.model.build import DTYPES
+from moe.optim.matrices import Matrices, matrices_of
+from moe.optim.muon import Bucket, MuonAdamW, Piece
+
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> MegatronOptimizer:
-    """AdamW over main parameters in fp32, sharded over data-parallel ranks."""
+def build_optimizer(config: RunConfig, ddps: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW or Muon over main parameters in fp32, sharded over dp; one for all chunks of a rank."""
     optim = config.optim
     settings = OptimizerConfig(
         optimizer="adam",
@@ -42,7 +56,33 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Megatron
         ),
         ParamKey(name="*.router.*"): ParamGroupOverride(wd_mult=1.0),
     }
-    return get_megatron_optimizer(settings, [ddp], overrides, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(settings, list(ddps), overrides, use_gloo_process_groups=False)
+    if optim.name == "muon":
+        matrices = _all_matrices(config, ddps)
+        for parameter in matrices:
+            parameter.has_one_moment = True  # type: ignore[attr-defined]
+        for part in parts_of(optimizer):
+            part.optimizer = _muon(part, matrices, config)
+    if optim.qk_clip > 0:
+        dense, *_ = parts_of(optimizer)
+        clip = QkClip(
+            ddps,
+            dict(_slices(dense)),
+            attention=config.model.attention,
+            tau=optim.qk_clip,
+            dp_group=dense.data_parallel_group,
+        )
+        dense.optimizer.register_step_post_hook(clip)
+    for part in parts_of(optimizer)[:-1]:
+        # After its step each part gathers the weights of all its chunks, of other parts too (megatron-core
+        # 0.16.1). The last part does it when all have stepped; before that it would be the same bytes again.
+        part.model_chunks = []
+    return optimizer
+
+
+def parts_of(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The optimizers that a chained one is made of: of dense parameters and of experts."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _does_not_decay(parameter: Tensor, name: str) -> bool:
@@ -50,13 +90,141 @@ def _does_not_decay(parameter: Tensor, name: str) -> bool:
     return (is_bias or parameter.dim() == 1) and ".router." not in name
 
 
-def create_moments(optimizer: DistributedOptimizer) -> list[dict[str, Tensor]]:
-    """Make the state that torch.optim.AdamW makes at its first step: Megatron loads into what exists."""
-    adam = optimizer.optimizer
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            adam.state[parameter] = {
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+def _all_matrices(config: RunConfig, ddps: Sequence[DistributedDataParallel]) -> dict[Tensor, Matrices]:
+    """The parameters that Muon moves."""
+    named = (pair for ddp in ddps for pair in ddp.named_parameters())
+    found = {parameter: matrices_of(name, parameter, config.model) for name, parameter in named}
+    return {parameter: matrices for parameter, matrices in found.items() if matrices is not None}
+
+
+def _muon(part: DistributedOptimizer, matrices: dict[Tensor, Matrices], config: RunConfig) -> MuonAdamW:
+    """What takes the place of AdamW in a distributed optimizer, over the same shards."""
+    optim = config.optim
+    return MuonAdamW(
+        part.optimizer.param_groups,
+        list(_buckets(part, matrices)),
+        momentum=optim.muon_momentum,
+        dtype=DTYPES[config.train.precision],
+        tp_group=part.tp_group,
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+    )
+
+
+def _buckets(part: DistributedOptimizer, matrices: dict[Tensor, Matrices]) -> Iterator[Bucket]:
+    """Megatron's buckets that have matrices on any rank, and this rank's pieces of them."""
+    for buffer, by_dtype in zip(part.buffers, part.gbuf_ranges, strict=True):
+        (ranges,) = by_dtype.values()
+        for bucket, held in zip(buffer.buckets, ranges, strict=True):
+            if matrices.keys() & set(bucket.params_list):
+                yield Bucket(
+                    share_numel=bucket.grad_data.numel() // part.data_parallel_group.size(),
+                    group=part.data_parallel_group,
+                    device=bucket.grad_data.device,
+                    pieces=tuple(
+                        Piece(
+                            main=_main(part, parameter),
+                            first=places["param"].start,
+                            offset=places["gbuf_local"].start,
+                            bucket_offset=buffer.param_index_map[parameter][0] - bucket.offset,
+                            matrices=matrices[parameter],
+                        )
+                        for parameter, places in held["param_map"].items()
+                        if parameter in matrices
+                    ),
+                )
+
+
+def _slices(part: DistributedOptimizer) -> Iterator[tuple[Tensor, Slice]]:
+    """Each parameter of which this rank has a slice."""
+    for by_dtype in part.gbuf_ranges:
+        for held in next(iter(by_dtype.values())):
+            for parameter, places in held["param_map"].items():
+                columns = parameter.shape[-1] if parameter.dim() > 1 else 1
+                yield parameter, Slice(_main(part, parameter), places["param"].start, columns)
+
+
+def _main(part: DistributedOptimizer, parameter: Tensor) -> Tensor:
+    """This rank's fp32 slice of a parameter."""
+    group, place = part.model_param_group_index_map[parameter]
+    main: Tensor = part.optimizer.param_groups[group]["params"][place]
+    return main
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------
+
+
+def create_moments(part: DistributedOptimizer) -> list[dict[str, Tensor]]:
+    """Make the state that the first step would make, for Megatron loads into what exists.
+
+    Returns:
+        That of each parameter of AdamW.
+    """
+    inner = part.optimizer
+    of_muon = _of_muon(inner)
+    adam = []
+    for group in inner.param_groups:
+        for main in group["params"]:
+            inner.state[main] = {"exp_avg": torch.zeros_like(main)}
+            if main not in of_muon:
+                inner.state[main]["exp_avg_sq"] = torch.zeros_like(main)
+                adam.append(inner.state[main])
+    return adam
+
+
+def sharded_moments(
+    part: DistributedOptimizer, model_state: dict[str, Any], *, is_loading: bool
+) -> dict[int, dict[str, Any]]:
+    """Main parameters and moments as parts of whole tensors, by parameter; collective.
+
+    Args:
+        part: Of the optimizer.
+        model_state: Sharded state of all chunks, whose layout they take.
+        is_loading: Describe them only.
+    """
+    of_muon = _of_muon(part.optimizer)
+    states = [part.optimizer.state[main] for main in of_muon] if not is_loading else []
+    for state in states:  # Megatron wants a second moment of everything; this one takes no memory
+        state["exp_avg_sq"] = state["exp_avg"].new_zeros(()).expand_as(state["exp_avg"])
+    with _places_without_padding(part):
+        sharded: dict[int, dict[str, Any]] = part.sharded_param_state_fully_reshardable(
+            model_state, is_loading, metadata=_METADATA
+        )
+    for state in states:
+        del state["exp_avg_sq"]
+    parameters = [parameter for buffer in part.buffers for parameter in buffer.param_index_map]
+    for index, parameter in enumerate(parameters):
+        if hasattr(parameter, "has_one_moment"):
+            del sharded[index]["exp_avg_sq"]
+    return sharded
+
+
+@contextmanager
+def _places_without_padding(part: DistributedOptimizer) -> Iterator[None]:
+    """Megatron joins its buckets without their padding, then looks for parameters where they lay with it.
+
+    In 0.16.1 the state of all after a padded bucket would be shifted, and its end be zeros.
+    """
+    padded = [buffer.param_index_map for buffer in part.buffers]
+    try:
+        for buffer, places in zip(part.buffers, padded, strict=True):
+            padding = [0]
+            for bucket in buffer.buckets:
+                padding.append(padding[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)
+            buffer.param_index_map = {
+                parameter: (start - padding[bucket], end - padding[bucket], bucket)
+                for parameter, (start, end, bucket) in places.items()
             }
-    return [adam.state[parameter] for group in adam.param_groups for parameter in group["params"]]
+        yield
+    finally:
+        for buffer, places in zip(part.buffers, padded, strict=True):
+            buffer.param_index_map = places
+
+
+def _of_muon(inner: torch.optim.Optimizer) -> set[Tensor]:
+    """Slices that Muon moves."""
+    if not isinstance(inner, MuonAdamW):
+        return set()
+    return {piece.main for bucket in inner.buckets for piece in bucket.pieces}

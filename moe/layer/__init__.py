@@ -3,6 +3,7 @@
 from moe.layer.balance import BalanceSettings, attach_loss, router_losses, updated_bias
 from moe.layer.config import MoEConfig
 from moe.layer.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from moe.layer.dispatch_hierarchical import HierarchicalDispatcher, NodeGroups, split_by_node
 from moe.layer.experts import GroupedExperts
 from moe.layer.moe_layer import MoELayer
 from moe.layer.router import Router
@@ -15,15 +16,18 @@ __all__ = [
     "Dispatched",
     "Dispatcher",
     "GroupedExperts",
+    "HierarchicalDispatcher",
     "LocalDispatcher",
     "Losses",
     "MoEConfig",
     "MoELayer",
     "MoEOutput",
+    "NodeGroups",
     "Router",
     "Routing",
     "SharedExpert",
     "attach_loss",
     "router_losses",
+    "split_by_node",
     "updated_bias",
 ]

@@ -7,7 +7,8 @@ Shapes: moe/layer/types.py.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,39 +16,47 @@ from torch import Tensor
 
 from moe.kernels.combine import permute, unpermute
 from moe.kernels.permute_index import permute_index
+from moe.layer.all_to_all import RowsInFlight, all_to_all_rows
 from moe.layer.types import Dispatched, Exchange, Routing
+
+Arrive = Callable[[], Dispatched]
 
 
 class Dispatcher(Protocol):
     """Moves rows to experts and expert outputs home."""
 
+    def start(self, x_TD: Tensor, routing: Routing) -> Arrive:
+        """Let rows leave; the result waits for those that come and returns them. Once for each start."""
+        ...
+
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """Rows for the experts of this rank."""
-        ...
+        return self.start(x_TD, routing)()
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         """The sum of each token's weighted expert outputs, y_TD, from y of each row that arrived."""
         ...
 
 
-class LocalDispatcher:
+class LocalDispatcher(Dispatcher):
     """All experts are on this rank: nothing moves, the experts gather tokens as they load them."""
 
     def __init__(self, num_experts: int, *, backend: str = "auto") -> None:
         self.num_experts = num_experts
         self.backend = backend
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+    def start(self, x_TD: Tensor, routing: Routing) -> Arrive:
         """Sort the routed pairs by expert."""
         index = permute_index(routing.ids_TK.flatten(), self.num_experts, backend=self.backend)
-        return Dispatched(x_TD, routing.weights_TK, index, None)
+        dispatched = Dispatched(x_TD, routing.weights_TK, index, None)
+        return lambda: dispatched
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         """The experts have added the pairs of each token."""
         return y_RD
 
 
-class AllToAllDispatcher:
+class AllToAllDispatcher(Dispatcher):
     """Experts are split over `group` in rank order; rows travel by all-to-all.
 
     Split sizes are Python integers, so a GPU waits for the host once in each forward.
@@ -64,7 +73,7 @@ class AllToAllDispatcher:
         self.num_experts = num_experts
         self.num_local_experts = num_experts // self.num_ranks
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+    def start(self, x_TD: Tensor, routing: Routing) -> Arrive:
         """1 sort by expert, 2 exchange counts, 3 exchange rows and weights, 4 sort what arrived by expert."""
         top_k = routing.ids_TK.shape[1]
         order_N, inverse_N, _ = permute_index(
@@ -78,17 +87,18 @@ class AllToAllDispatcher:
         send_rows = tuple(send_pe.sum(dim=1).tolist())
         recv_rows = tuple(recv_pe.sum(dim=1).tolist())
         sent = sum(send_rows)  # pairs of sentinel ids come last, and stay
-        x_RD = all_to_all_rows(x_ND[:sent], send_rows, recv_rows, self.group)
-        weights_R1 = all_to_all_rows(weights_N1[:sent], send_rows, recv_rows, self.group)
+        x_flight = RowsInFlight(x_ND[:sent], send_rows, recv_rows, self.group)
+        weights_flight = RowsInFlight(weights_N1[:sent], send_rows, recv_rows, self.group)
         local_ids_p = torch.arange(self.num_local_experts, device=x_TD.device).repeat(self.num_ranks)
         local_ids_R = local_ids_p.repeat_interleave(recv_pe.flatten(), output_size=sum(recv_rows))
         index = permute_index(local_ids_R, self.num_local_experts, backend=self.backend)
-        return Dispatched(x_RD, weights_R1, index, Exchange(send_rows, recv_rows, order_N, inverse_N, top_k))
+        exchange = Exchange(send_rows, recv_rows, order_N, inverse_N, top_k)
+        return lambda: Dispatched(x_flight.arrived(), weights_flight.arrived(), index, exchange)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         """Rows travel home, then the K of each token are added."""
         exchange = dispatched.exchange
-        if exchange is None:
+        if not isinstance(exchange, Exchange):
             raise ValueError("these rows were dispatched by another dispatcher: they carry no exchange")
         order_N, inverse_N = exchange.order_N, exchange.inverse_N
         y_ND = all_to_all_rows(y_RD, exchange.recv_rows, exchange.send_rows, self.group)
@@ -96,42 +106,3 @@ class AllToAllDispatcher:
         if stayed:
             y_ND = torch.cat([y_ND, y_ND.new_zeros(stayed, y_ND.shape[1])])
         return unpermute(y_ND, order_N, inverse_N, exchange.top_k, backend=self.backend)
-
-
-class _AllToAllRows(torch.autograd.Function):
-    """Rows to each rank of the group; the gradient travels back the same way."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, send_rows: tuple[int, ...], recv_rows: tuple[int, ...], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.send_rows, ctx.recv_rows, ctx.group = send_rows, recv_rows, group
-        out = x.new_empty(sum(recv_rows), x.shape[1])
-        dist.all_to_all_single(out, x.contiguous(), list(recv_rows), list(send_rows), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out = grad.new_empty(sum(ctx.send_rows), grad.shape[1])
-        dist.all_to_all_single(
-            out, grad.contiguous(), list(ctx.send_rows), list(ctx.recv_rows), group=ctx.group
-        )
-        return out, None, None, None
-
-
-def all_to_all_rows(
-    x: Tensor, send_rows: tuple[int, ...], recv_rows: tuple[int, ...], group: dist.ProcessGroup
-) -> Tensor:
-    """Send the first send_rows[0] rows to rank 0 of the group, and so on; differentiable.
-
-    Args:
-        x: [sum(send_rows), D].
-        send_rows: rows for each rank.
-        recv_rows: rows that come from each rank.
-        group: the ranks.
-
-    Returns:
-        [sum(recv_rows), D], in rank order.
-    """
-    out: Tensor = _AllToAllRows.apply(x, send_rows, recv_rows, group)  # type: ignore[no-untyped-call]
-    return out

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moe.layer.balance import router_losses
 from moe.layer.config import MoEConfig
 from moe.layer.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from moe.layer.dispatch_hierarchical import HierarchicalDispatcher, NodeGroups
 from moe.layer.experts import GroupedExperts
 from moe.layer.router import Router
 from moe.layer.shared_expert import SharedExpert
@@ -36,6 +37,8 @@ class MoELayer(nn.Module):
         *,
         shared_expert: nn.Module | None = None,
         ep_group: dist.ProcessGroup | None = None,
+        nodes: NodeGroups | None = None,
+        overlap: bool = False,
         sequence_group: dist.ProcessGroup | None = None,
         balance_group: dist.ProcessGroup | None = None,
         initialize: bool = True,
@@ -48,6 +51,8 @@ class MoELayer(nn.Module):
             config: sizes and settings.
             shared_expert: any module from tokens to outputs of their shape, in place of the config's own.
             ep_group: the ranks that share the experts, each holding E / ranks; None means all are here.
+            nodes: the same ranks by node; rows then cross the network once for each node, not each expert.
+            overlap: compute the shared expert while rows travel to experts; changes no bit of any result.
             sequence_group: the ranks that hold the other positions of the same sequences.
             balance_group: the ranks whose tokens count for aux_loss='global'; None means this one only.
             initialize: draw the weights; False leaves them to whoever loads them.
@@ -59,6 +64,7 @@ class MoELayer(nn.Module):
         """
         super().__init__()
         self.config = config
+        self.overlap = overlap
         self.sequence_group = sequence_group
         self.balance_group = balance_group
         ranks = 1 if ep_group is None else dist.get_world_size(ep_group)
@@ -76,6 +82,8 @@ class MoELayer(nn.Module):
         self.dispatcher: Dispatcher
         if ep_group is None or ranks == 1:
             self.dispatcher = LocalDispatcher(config.num_experts, backend=config.backend)
+        elif nodes is not None:
+            self.dispatcher = HierarchicalDispatcher(config.num_experts, nodes, backend=config.backend)
         else:
             self.dispatcher = AllToAllDispatcher(config.num_experts, ep_group, backend=config.backend)
         if initialize and not self.router.weight_ED.is_meta:
@@ -95,18 +103,30 @@ class MoELayer(nn.Module):
 
         Args:
             x: [S, B, D], or [B, S, D] if the config says batch_first.
+
+        Raises:
+            ValueError: x has another shape.
         """
+        if x.dim() != 3 or x.shape[2] != self.config.hidden_size:
+            axes = "batch, sequence" if self.config.batch_first else "sequence, batch"
+            raise ValueError(
+                f"x must be [{axes}, hidden_size={self.config.hidden_size}], it is {list(x.shape)}"
+            )
         x_SBD = x.transpose(0, 1) if self.config.batch_first else x
         x_TD = x_SBD.flatten(0, 1)
         balance = self.config.balance
         routing = self.router(x_TD, num_sequences=balance.num_sequences(x_SBD.shape[1]))
-        dispatched = self.dispatcher.dispatch(x_TD, routing)
+        arrive = self.dispatcher.start(x_TD, routing)
+        shared = None
+        if self.shared_expert is not None and self.overlap:
+            shared = self.shared_expert(x)
+        dispatched = arrive()
         y_RD = self.experts(dispatched)
         y = self.dispatcher.combine(y_RD, dispatched).view(x_SBD.shape)
         if self.config.batch_first:
             y = y.transpose(0, 1)
         if self.shared_expert is not None:
-            y = y + self.shared_expert(x)
+            y = y + (self.shared_expert(x) if shared is None else shared)
         losses = router_losses(
             routing, balance, sequence_group=self.sequence_group, balance_group=self.balance_group
         )

@@ -32,14 +32,15 @@ class Routing:
 class Dispatched:
     """Rows for this rank's experts as they arrived, and what combine needs to send results home.
 
-    Where no row travels they are the tokens themselves, R = T with K pairs each; rows that travelled, copied
-    once for each pair, have one pair each.
+    Where no row travels they are the tokens themselves, R = T with K pairs each; rows that travelled once for
+    each pair have one pair each; rows that travelled once for each rank have K, those of other ranks without
+    an expert here.
     """
 
     x_RD: Tensor
     weights_RK: Tensor  # fp32, the combine weights travel with the rows
     index: tuple[Tensor, Tensor, Tensor]  # the R*K pairs by expert of this rank, from permute_index
-    exchange: Exchange | None  # None when all experts are here
+    exchange: Exchange | TwoHops | None  # None when all experts are here
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,24 @@ class Exchange:
     order_N: Tensor  # int64, this rank's own pairs in the order in which they left
     inverse_N: Tensor
     top_k: int
+
+
+@dataclass(frozen=True)
+class Hop:
+    """How rows travelled between the ranks of one group. A rows left, one for each (token, rank)."""
+
+    send_rows: tuple[int, ...]  # to each rank
+    recv_rows: tuple[int, ...]  # from each rank
+    token_A: Tensor  # int64, of each row that left
+    rows_TM: Tensor  # int64, the rows of each token, padded with A
+
+
+@dataclass(frozen=True)
+class TwoHops:
+    """How rows travelled over nodes."""
+
+    across: Hop
+    inside: Hop
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class ConsoleSink:
             self._live = Live(self._progress, console=self._console, refresh_per_second=4)
             self._live.start()
 
-    def log(self, record: Mapping[str, float | int | None]) -> None:
+    def log(self, record: Mapping[str, Any]) -> None:
         """Show one step."""
         step = int(record["step"] or 0)
         eta_s = self._clock.tick(tokens=0).eta_s
@@ -86,15 +86,15 @@ class ConsoleSink:
         self._console.print(text, markup=False, soft_wrap=True)
 
 
-def status_line(record: Mapping[str, float | int | None], *, eta_s: float, estimated: bool) -> str:
+def status_line(record: Mapping[str, Any], *, eta_s: float, estimated: bool) -> str:
     """Return one step of `metrics.jsonl` as a line for a person; what was not measured is left out."""
-    tokens, energy_j = record.get("tokens"), record.get("energy_j")
     parts = [
         _format("loss {:.4f}", record.get("loss")),
         _format("{:,.0f} tokens/s", record.get("tokens_per_s")),
         _format("balance {:.2f}", record.get("expert_load_max_over_mean")),
         _format("~{:,.0f} W est." if estimated else "{:,.0f} W", record.get("power_w")),
-        _format(_tokens_per_j(estimated), tokens / energy_j if tokens and energy_j else None),
+        _format(_tokens_per_j(estimated), record.get("tokens_per_j")),
+        "ENERGY INVALID" if record.get("energy_validity") == "invalid" else "",
         f"ETA {timedelta(seconds=round(eta_s))}",
     ]
     return "  ".join(part for part in parts if part)
@@ -109,6 +109,7 @@ def summary(report: Report) -> str:
         _heldout(report.model_dump()),
         f"{report.tokens_per_s:,.0f} tokens/s",
         _energy(report.energy, report.tokens_per_j),
+        _goodput(report),
     ]
     return "\n".join(line for line in lines if line)
 
@@ -118,8 +119,15 @@ def _energy(energy: Energy, tokens_per_j: float | None) -> str:
     joules = _format("~{:,.0f} J est." if estimated else "{:,.0f} J", energy.total_j)
     if not joules:
         return "energy unknown: the meter failed during the run"
+    if energy.validity == "invalid":
+        return f"{joules}  boundary {energy.boundary}  INVALID, not to be quoted: {energy.validity_detail}"
     efficiency = _format(_tokens_per_j(estimated), tokens_per_j)
-    return f"{joules}  {efficiency}  boundary {energy.boundary}"
+    return f"{joules}  {efficiency}  boundary {energy.boundary}  {energy.validity}"
+
+
+def _goodput(report: Report) -> str:
+    share = _format("{:.1%} of the joules in steps that count", report.campaign.goodput)
+    return f"{share}, over {report.campaign.starts} start(s)" if share else ""
 
 
 def _heldout(record: Mapping[str, Any]) -> str:

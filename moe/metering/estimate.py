@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moe.metering.energy import Boundary, EnergyReading, Source
+from moe.metering.energy import Audit, Boundary, EnergyReading, Source
 
 if TYPE_CHECKING:
     import psutil
@@ -69,6 +69,7 @@ class EstimatedMeter:
 
     source: Source = "estimated"
     boundary: Boundary = "node"
+    devices: tuple[str, ...] = ()
 
     def __init__(
         self, model: PowerModel, pids: Sequence[int], *, clock: Callable[[], float] = time.monotonic
@@ -98,6 +99,10 @@ class EstimatedMeter:
         busy_s = sum(cpu_time.used_s() for cpu_time in self._cpu_times)
         energy_j = constant_w * (now_s - self._open_s) + self._model.active_w_per_core * busy_s
         return EnergyReading(time_s=now_s, energy_j=energy_j)
+
+    def audit(self) -> Audit:
+        """Say that nothing was measured."""
+        return Audit(validity="unchecked", detail="an estimate: nothing was measured")
 
     def close(self) -> None:
         """Do nothing: the meter holds nothing open."""

@@ -9,7 +9,12 @@
     lr                         learning rate
     expert_load_max_over_mean  busiest expert over mean expert, worst layer
     energy_j                   joules so far, over all machines and all starts of the run
+    useful_j                   those of the steps up to this one, each counted once
+    tokens_per_j               tokens / energy_j; null where energy_validity is invalid
+    energy_source, energy_boundary, energy_validity    what these joules are; see moe.metering.energy
+    node_j                     joules of whole machines, where energy.node_command measures them
     power_w                    mean since the line before, over all machines
+    wall_s                     seconds in the training loop so far, over all starts
     heldout_loss, heldout_bits_per_byte    on evaluation steps only
     anything else              shown nowhere, kept for the reader (auxiliary losses, ...)
 

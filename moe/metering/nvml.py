@@ -1,215 +1,119 @@
-"""GPU energy through NVML: the board's energy counter, or its power reading integrated where there is none.
+"""NVIDIA GPUs through NVML: counters, and power of a known scope.
 
-GPUs are addressed by UUID, because an index means another GPU as soon as CUDA_VISIBLE_DEVICES is set.
+GPUs are addressed by UUID, because an index means another GPU as soon as CUDA_VISIBLE_DEVICES is set. A GPU
+that is cut into MIG instances is refused: NVML counts the whole GPU only, neighbours included, and dividing
+it would be a guess.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from moe.errors import InputError
-from moe.metering.energy import Boundary, EnergyMeterError, EnergyReading, Source
-from moe.metering.sampling import BackgroundSampler
-
-# The counter moves every 20 to 100 ms (measurements of the Zeus and PETSc projects), so a GPU, which never
-# draws zero watts, cannot leave it unchanged for this long.
-COUNTER_STALL_S = 2.0
-# 10 Hz. The reading itself is an average over 1 s from Ampere on (GA100 excepted), and polling faster than
-# every 50 ms makes some drivers return "not supported" (Zeus issue 186).
-POWER_PERIOD_S = 0.1
+from moe.metering.energy import Boundary, EnergyMeterError, Source
 
 
-class Gpus:
-    """An open NVML session on the given GPUs; every NVML failure leaves it as EnergyMeterError."""
+class NvmlBoards:
+    """An open NVML session on the given GPUs; every NVML failure leaves it as EnergyMeterError.
+
+    Attributes:
+        power_boundary: `module` if a GPU's power can only be read together with its CPU's (Grace).
+    """
+
+    counter_source: Source = "nvml_counter"
+    power_source: Source = "nvml_power"
 
     def __init__(self, nvml: Any, uuids: Sequence[str]) -> None:
         """Open the session.
 
         Args:
             nvml: The `pynvml` module of nvidia-ml-py.
-            uuids: CUDA or NVML device UUIDs, with or without the "GPU-" prefix.
+            uuids: CUDA or NVML device UUIDs, with or without the "GPU-" prefix; several ranks on one GPU
+                count it once.
 
         Raises:
-            InputError: No UUID was given, NVML cannot start, or it does not know a UUID.
+            InputError: No UUID was given, NVML cannot start or does not know one, or a GPU is cut by MIG.
         """
         if not uuids:
             raise InputError("the NVML meter needs at least one GPU UUID; this process uses no CUDA device")
-        self.nvml = nvml
-        self.uuids = [_nvml_uuid(uuid) for uuid in uuids]
+        self._nvml = nvml
+        self.names = tuple(dict.fromkeys(_nvml_uuid(uuid) for uuid in uuids))
         try:
             nvml.nvmlInit()
         except nvml.NVMLError as error:
             raise InputError(
                 f"NVML cannot start ({error}); check that nvidia-smi runs on this machine"
             ) from error
-        self.handles = [self._handle(uuid) for uuid in self.uuids]
-
-    def energy_mj(self) -> list[int]:
-        """Return each GPU's energy counter: millijoules since its driver was loaded."""
-        return self._query(self.nvml.nvmlDeviceGetTotalEnergyConsumption)
-
-    def power_mw(self) -> list[int]:
-        """Return each GPU's power in milliwatts."""
-        return self._query(self.nvml.nvmlDeviceGetPowerUsage)
-
-    def idle_w(self) -> float | None:
-        """Return the power of all GPUs in watts, as the meter opens before the work; None if unknown."""
         try:
-            return sum(self.power_mw()) / 1e3
-        except EnergyMeterError:
-            return None
+            self._handles = [self._handle(uuid) for uuid in self.names]
+            self._scopes = [self._power_scope(handle) for handle in self._handles]
+        except InputError:
+            self.close()
+            raise
+        by_module = nvml.NVML_POWER_SCOPE_MODULE in self._scopes
+        self.power_boundary: Boundary = "module" if by_module else "gpu"
+
+    def counters_j(self) -> list[float]:
+        """Joules of each GPU since its driver was loaded."""
+        counters_j = []
+        for name, handle in zip(self.names, self._handles, strict=True):
+            try:
+                counters_j.append(self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
+            except self._nvml.NVMLError as error:
+                raise EnergyMeterError(f"{name}: the energy counter cannot be read: {error}") from error
+        return counters_j
+
+    def powers_w(self) -> list[float | None]:
+        """Watts of each GPU; None where NVML fails or says zero."""
+        return [
+            (self._scoped_mw(handle, scope) or 0) / 1e3 or None
+            for handle, scope in zip(self._handles, self._scopes, strict=True)
+        ]
 
     def close(self) -> None:
         """End the NVML session (NVML counts its users, so others are not disturbed)."""
-        self.nvml.nvmlShutdown()
+        self._nvml.nvmlShutdown()
 
     def _handle(self, uuid: str) -> Any:
+        nvml = self._nvml
+        if uuid.startswith("MIG-"):
+            raise _cut_by_mig(uuid)
         try:
-            return self.nvml.nvmlDeviceGetHandleByUUID(uuid)
-        except self.nvml.NVMLError as error:
-            self.close()
+            handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        except nvml.NVMLError as error:
             raise InputError(
                 f"NVML does not know GPU {uuid} ({error}); `nvidia-smi -L` lists the UUIDs"
             ) from error
+        mig_mode = nvml.NVML_DEVICE_MIG_DISABLE
+        with contextlib.suppress(nvml.NVMLError):  # GPUs before Ampere do not know the question
+            mig_mode, _pending = nvml.nvmlDeviceGetMigMode(handle)
+        if mig_mode != nvml.NVML_DEVICE_MIG_DISABLE:
+            raise _cut_by_mig(uuid)
+        return handle
 
-    def _query(self, function: Callable[[Any], int]) -> list[int]:
-        values = []
-        for uuid, handle in zip(self.uuids, self.handles, strict=True):
-            try:
-                values.append(int(function(handle)))
-            except self.nvml.NVMLError as error:
-                raise EnergyMeterError(f"GPU {uuid}: {function.__name__} failed: {error}") from error
-        return values
+    def _power_scope(self, handle: Any) -> int | None:
+        """The narrowest scope whose power can be read; None for boards that know no scopes."""
+        for scope in (self._nvml.NVML_POWER_SCOPE_GPU, self._nvml.NVML_POWER_SCOPE_MODULE):
+            if self._scoped_mw(handle, scope):
+                return int(scope)
+        return None
 
+    def _scoped_mw(self, handle: Any, scope: int | None) -> int | None:
+        """Milliwatts averaged by the driver; None where it gives none.
 
-class NvmlCounterMeter:
-    """Joules from each GPU's energy counter, which lags by up to 0.1 s; costs nothing between reads."""
-
-    source: Source = "nvml_counter"
-    boundary: Boundary = "gpu"
-
-    def __init__(
-        self, nvml: Any, uuids: Sequence[str], *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Open the meter.
-
-        Args:
-            nvml: The `pynvml` module of nvidia-ml-py.
-            uuids: The GPUs to count.
-            clock: Monotonic seconds.
-
-        Raises:
-            InputError: A GPU cannot be reached or has no energy counter.
+        The mean, not the instant: the instant reading of A100 and H100 sees a quarter of the time
+        (arXiv 2312.02741), so that regular steps alias with it.
         """
-        self._gpus = Gpus(nvml, uuids)
-        self._clock = clock
-        try:
-            self._last_mj = self._gpus.energy_mj()
-        except EnergyMeterError as error:
-            self._gpus.close()
-            raise InputError(f"there is no energy counter: {error}") from error
-        self._moved_s = [clock()] * len(self._last_mj)
-        self._total_mj = 0
-        self.idle_w = self._gpus.idle_w()
-        self.description = f"measured: NVML energy counter of {_listing(self._gpus.uuids)}; GPU boards only"
-
-    def read(self) -> EnergyReading:
-        """Return the joules of all GPUs since the meter opened.
-
-        Raises:
-            EnergyMeterError: NVML failed, a counter ran backwards (a driver reload), or one stood still.
-        """
-        now_mj, now_s = self._gpus.energy_mj(), self._clock()
-        for i, uuid in enumerate(self._gpus.uuids):
-            delta_mj = now_mj[i] - self._last_mj[i]
-            if delta_mj < 0:
-                raise EnergyMeterError(
-                    f"GPU {uuid}: the energy counter went back by {-delta_mj} mJ (was the driver reloaded?)"
-                )
-            if delta_mj > 0:
-                self._moved_s[i] = now_s
-            elif now_s - self._moved_s[i] > COUNTER_STALL_S:
-                raise EnergyMeterError(
-                    f"GPU {uuid}: the energy counter stands at {now_mj[i]} mJ "
-                    f"since {now_s - self._moved_s[i]:.1f} s, so it is not counting"
-                )
-            self._total_mj += delta_mj
-        self._last_mj = now_mj
-        return EnergyReading(time_s=now_s, energy_j=self._total_mj / 1e3)
-
-    def close(self) -> None:
-        """End the NVML session."""
-        self._gpus.close()
-
-
-class NvmlPowerMeter:
-    """Joules from the power reading of each GPU: a side thread samples it, trapezoids integrate it."""
-
-    source: Source = "nvml_power"
-    boundary: Boundary = "gpu"
-
-    def __init__(
-        self,
-        nvml: Any,
-        uuids: Sequence[str],
-        *,
-        period_s: float = POWER_PERIOD_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Open the meter and start its thread.
-
-        Args:
-            nvml: The `pynvml` module of nvidia-ml-py.
-            uuids: The GPUs to sample.
-            period_s: Seconds between samples.
-            clock: Monotonic seconds.
-
-        Raises:
-            InputError: A GPU cannot be reached or reports no power.
-        """
-        self._gpus = Gpus(nvml, uuids)
-        self._clock = clock
-        try:
-            self._last_w = self._power_w()
-        except EnergyMeterError as error:
-            self._gpus.close()
-            raise InputError(f"no power reading: {error}; use the meter `estimate`") from error
-        self._last_s = clock()
-        self._energy_j = 0.0
-        self.idle_w: float | None = self._last_w
-        self.description = (
-            f"measured: NVML power of {_listing(self._gpus.uuids)}, sampled every {period_s:g} s and "
-            "integrated; GPU boards only"
-        )
-        self._sampler = BackgroundSampler(self._sample, period_s=period_s)
-
-    def read(self) -> EnergyReading:
-        """Return the joules of all GPUs since the meter opened.
-
-        Raises:
-            EnergyMeterError: NVML failed or a GPU reported no power, now or since the last read.
-        """
-        self._sampler.sample_now()
-        return EnergyReading(time_s=self._last_s, energy_j=self._energy_j)
-
-    def close(self) -> None:
-        """Stop the thread and end the NVML session."""
-        self._sampler.close()
-        self._gpus.close()
-
-    def _sample(self) -> None:
-        now_w, now_s = self._power_w(), self._clock()
-        self._energy_j += (self._last_w + now_w) / 2 * (now_s - self._last_s)
-        self._last_w, self._last_s = now_w, now_s
-
-    def _power_w(self) -> float:
-        powers_mw = self._gpus.power_mw()
-        if 0 in powers_mw:
-            uuid = self._gpus.uuids[powers_mw.index(0)]
-            raise EnergyMeterError(f"GPU {uuid}: reports 0 W, which no powered GPU draws")
-        return sum(powers_mw) / 1e3
+        nvml = self._nvml
+        with contextlib.suppress(nvml.NVMLError):
+            if scope is None:
+                return int(nvml.nvmlDeviceGetPowerUsage(handle))
+            field = nvml.nvmlDeviceGetFieldValues(handle, [(nvml.NVML_FI_DEV_POWER_AVERAGE, scope)])[0]
+            if field.nvmlReturn == nvml.NVML_SUCCESS:
+                return int(field.value.uiVal)
+        return None
 
 
 def _nvml_uuid(uuid: str) -> str:
@@ -217,5 +121,8 @@ def _nvml_uuid(uuid: str) -> str:
     return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
 
 
-def _listing(uuids: Sequence[str]) -> str:
-    return f"{len(uuids)} GPU{'s' if len(uuids) > 1 else ''} ({', '.join(uuids)})"
+def _cut_by_mig(uuid: str) -> InputError:
+    return InputError(
+        f"{uuid} is a GPU cut into MIG instances, or one of them, whose energy NVML does not tell apart; "
+        "use whole GPUs, or energy.meter=estimate with energy.gpu_w"
+    )

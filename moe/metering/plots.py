@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from moe.errors import InputError
 from moe.metering.jsonl import EXPERT_LOAD_FILE, METRICS_FILE, read_step_log
-from moe.metering.report import read_report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +48,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     if load_path.exists() and (loads := read_step_log(load_path)):
         figures["expert_load.png"] = _expert_load_figure(loads)
     if any(record.get("power_w") is not None for record in metrics):
-        figures["power.png"] = _power_figure(metrics, energy_label=_energy_label(run_dir))
+        figures["power.png"] = _power_figure(metrics, energy_label=_energy_label(metrics[-1]))
     return [_save(figure, run_dir / "plots" / name) for name, figure in figures.items()]
 
 
@@ -132,14 +131,13 @@ def _power_figure(metrics: Records, *, energy_label: str) -> Figure:
     return figure
 
 
-def _energy_label(run_dir: Path) -> str:
-    """Say how the energy was obtained; a run that has not ended has no report and so no answer yet."""
-    report_path = run_dir / "report.json"
-    if not report_path.exists():
-        return "source unknown until the run has ended"
-    energy = read_report(report_path).energy
-    how = "ESTIMATED from a power model" if energy.source == "estimated" else f"measured ({energy.source})"
-    return f"{how}, boundary: {energy.boundary}"
+def _energy_label(record: dict[str, Any]) -> str:
+    """Say how the energy was obtained, by the run's newest step."""
+    source, validity = record.get("energy_source"), record.get("energy_validity")
+    if source is None:
+        return "source unknown"
+    how = "ESTIMATED from a power model" if source == "estimated" else f"measured ({source}, {validity})"
+    return f"{how}, boundary: {record['energy_boundary']}"
 
 
 def _elapsed_s(metrics: Records) -> Array:
@@ -195,6 +193,7 @@ def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
     partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="png", dpi=150)
+    # The label of an estimate travels with the picture, also for programs.
+    figure.savefig(partial, format="png", dpi=150, metadata={"Description": figure.get_suptitle()})
     partial.replace(path)
     return path

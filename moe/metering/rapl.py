@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe.errors import InputError
-from moe.metering.energy import Boundary, EnergyMeterError, EnergyReading, Source
+from moe.metering.energy import Audit, Boundary, EnergyMeterError, EnergyReading, Source
 from moe.metering.sampling import BackgroundSampler
 
 POWERCAP_ROOT = Path("/sys/class/powercap")
@@ -33,9 +33,12 @@ class Zone:
     total_uj: int = 0
     moved_s: float = 0.0
 
-    def advance(self, now_s: float) -> None:
+    def read_uj(self) -> int:
+        """The counter now."""
+        return _read_int(self.path / "energy_uj")
+
+    def advance(self, now_s: float, now_uj: int) -> None:
         """Add what was used since the last call, across at most one wrap of the counter."""
-        now_uj = _read_int(self.path / "energy_uj")
         delta_uj = now_uj - self.last_uj
         if delta_uj < 0:
             delta_uj += self.max_range_uj
@@ -80,11 +83,12 @@ class RaplMeter:
         for zone in self._zones:
             zone.moved_s = self._read_s
         names = [zone.name for zone in self._zones]
+        self.devices = tuple(zone.path.name for zone in self._zones)
         self.boundary: Boundary = "cpu_package_dram" if "dram" in names else "cpu_package"
         self.description = (
             f"measured: RAPL counters of {', '.join(names)}; the whole machine's processors, no GPU or fan"
         )
-        self._sampler = BackgroundSampler(self._advance, period_s=WRAP_PERIOD_S)
+        self._sampler = BackgroundSampler(self._fetch, self._take, period_s=WRAP_PERIOD_S)
 
     def read(self) -> EnergyReading:
         """Return the joules of all zones since the meter opened.
@@ -92,17 +96,35 @@ class RaplMeter:
         Raises:
             EnergyMeterError: A counter can no longer be read, or stands still.
         """
-        self._sampler.sample_now()
-        return EnergyReading(time_s=self._read_s, energy_j=sum(zone.total_uj for zone in self._zones) / 1e6)
+        return self._sampler.call(self._reading)
+
+    def audit(self) -> Audit:
+        """Say that there is no second instrument, or what failed."""
+        try:
+            self._sampler.call(self._reading)
+        except EnergyMeterError as error:
+            return Audit(validity="invalid", detail=str(error))
+        return Audit(validity="unchecked", detail="RAPL counters alone; no second instrument")
 
     def close(self) -> None:
         """Stop the thread."""
         self._sampler.close()
 
-    def _advance(self) -> None:
-        self._read_s = self._clock()
-        for zone in self._zones:
-            zone.advance(self._read_s)
+    def _reading(self) -> EnergyReading:
+        self._take(self._fetch())
+        device_j = tuple(zone.total_uj / 1e6 for zone in self._zones)
+        return EnergyReading(time_s=self._read_s, energy_j=sum(device_j), device_j=device_j)
+
+    def _fetch(self) -> tuple[float, list[int]]:
+        return self._clock(), [zone.read_uj() for zone in self._zones]
+
+    def _take(self, sample: tuple[float, list[int]]) -> None:
+        now_s, counters_uj = sample
+        if now_s < self._read_s:  # a reader was faster
+            return
+        self._read_s = now_s
+        for zone, now_uj in zip(self._zones, counters_uj, strict=True):
+            zone.advance(now_s, now_uj)
 
 
 def _find_zones(root: Path) -> list[Zone]:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moe.durable import write_atomically
 from moe.errors import InputError
-from moe.metering.energy import Boundary, Source
-
-
-def _finite_or_none(value: object) -> object:
-    """JSON has no NaN or infinity: a loss that diverged is written as null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# A number that may be missing: not measured, or not finite.
-Measured = Annotated[float | None, BeforeValidator(_finite_or_none)]
+from moe.metering.boundaries import Level, Sentence, check_order
+from moe.metering.energy import Boundary, Source, Validity
+from moe.metering.finite import Measured
 
 
 class _Part(BaseModel):
@@ -36,6 +28,40 @@ class Layout(_Part):
     dp: int
 
 
+class Spread(_Part):
+    """How unequal the devices of the job were, over its newest start.
+
+    Attributes:
+        devices: How many.
+        min_j: Joules of the thriftiest.
+        median_j: Of the median.
+        max_j: Of the greediest.
+        min_device: Name of the thriftiest.
+        max_device: Name of the greediest.
+    """
+
+    devices: int
+    min_j: float
+    median_j: float
+    max_j: float
+    min_device: Sentence
+    max_device: Sentence
+
+
+class CrossCheck(_Part):
+    """Two instruments over the same time of the newest start, summed over devices.
+
+    Attributes:
+        counter_j: Joules of the counters, which are those reported.
+        trace_j: Joules of the independent power trace.
+        window_s: Seconds that both saw.
+    """
+
+    counter_j: float
+    trace_j: float
+    window_s: float
+
+
 class Energy(_Part):
     """Gross energy of the run, its idle power beside it and never subtracted.
 
@@ -43,15 +69,54 @@ class Energy(_Part):
         source: How it was obtained; `estimated` means that nothing was measured.
         boundary: What it includes.
         description: One sentence for a person; of an estimate, every constant of the power model.
-        total_j: Joules, over all machines; None if a meter failed during the run.
+        total_j: Joules, over all machines and starts; None if a meter failed during the run.
         idle_w: Watts before the work began, over all machines; None where unknown.
+        validity: Whether a second instrument supports it, in the newest start; `invalid`, also for the sake
+            of an earlier start, is not to be quoted.
+        validity_detail: One sentence for a person, with both figures where there are two.
+        cross_check: Both figures; None where there is one instrument only.
+        spread: Devices told apart; None where the meter cannot.
+        levels: The joules at this boundary and at every one around it.
     """
 
     source: Source
     boundary: Boundary
-    description: str
+    description: Sentence
     total_j: Measured
     idle_w: Measured
+    validity: Validity
+    validity_detail: Sentence
+    cross_check: CrossCheck | None
+    spread: Spread | None
+    levels: tuple[Level, ...]
+
+    @model_validator(mode="after")
+    def _levels_belong(self) -> Self:
+        check_order(self.levels)
+        first = self.levels[0]
+        if first.boundary != self.boundary or first.energy_j != self.total_j:
+            raise ValueError("the first level must be the meter's: the same boundary and joules")
+        if (first.basis == "estimated") != (self.source == "estimated"):
+            raise ValueError(f"source {self.source} is called {first.basis}")
+        if self.total_j is None and self.validity != "invalid":
+            raise ValueError("energy without a figure must be called invalid")
+        return self
+
+
+class Campaign(_Part):
+    """What the run cost over all its starts, lost work included.
+
+    Attributes:
+        starts: How often it was started.
+        campaign_j: All joules while it ran: steps, evaluations, checkpoints, steps lost and done again.
+        useful_j: Joules of the steps that led to the final state, each counted once.
+        goodput: useful_j / campaign_j.
+    """
+
+    starts: int
+    campaign_j: Measured
+    useful_j: Measured
+    goodput: Measured
 
 
 class Report(_Part):
@@ -65,7 +130,7 @@ class Report(_Part):
         tokens: Tokens trained on, over all starts.
         params_total: Trained parameters.
         params_active: Parameters that one token uses, embeddings included.
-        flops_per_token: Training FLOPs of one token; the convention is in moe.metering.flops.
+        flops_per_token: Training FLOPs of one token; the convention is in moe.counts.counts.
         loss_first: Training loss of step 1, in nats per token.
         loss_last: Training loss of the last step.
         heldout_loss: Loss on held-out text at the end, in nats per token.
@@ -76,10 +141,12 @@ class Report(_Part):
         engine: What trained it.
         device: What it ran on, in words.
         energy: What it cost.
-        tokens_per_j: tokens / energy.total_j; as much an estimate as energy.source says.
+        tokens_per_j: tokens / energy.total_j; as much an estimate as energy.source says; None where
+            energy.validity is `invalid`.
+        campaign: Energy over all starts, and its useful share.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     run: str
     commit: str | None
     steps: int
@@ -98,6 +165,13 @@ class Report(_Part):
     device: str
     energy: Energy
     tokens_per_j: Measured
+    campaign: Campaign
+
+    @model_validator(mode="after")
+    def _invalid_energy_makes_no_figure(self) -> Self:
+        if self.energy.validity == "invalid" and self.tokens_per_j is not None:
+            raise ValueError("tokens_per_j of invalid energy must be null")
+        return self
 
 
 def write_report(path: Path, report: Report) -> None:

@@ -35,7 +35,7 @@ class Sink(Protocol):
         """Begin a run of `total_steps` optimizer steps, counted over all its starts."""
         ...
 
-    def log(self, record: Mapping[str, float | int | None]) -> None:
+    def log(self, record: Mapping[str, Any]) -> None:
         """Take one step; the fields are listed in moe.metering.jsonl."""
         ...
 
@@ -59,7 +59,7 @@ class JsonlSink:
     def start(self, config: Mapping[str, Any], total_steps: int) -> None:
         """Do nothing: the configuration has its own file."""
 
-    def log(self, record: Mapping[str, float | int | None]) -> None:
+    def log(self, record: Mapping[str, Any]) -> None:
         """Append one step."""
         self._log.write(record)
 
@@ -119,7 +119,7 @@ class WandbSink:
             self._worker.start()
             self._submit(lambda: self._open(dict(config)))
 
-    def log(self, record: Mapping[str, float | int | None]) -> None:
+    def log(self, record: Mapping[str, Any]) -> None:
         """Queue one step."""
         values = dict(record)
         self._submit(lambda: self._run.log(values, step=values["step"]))

@@ -1,4 +1,4 @@
-"""From the run's config to a Megatron GPTModel: the stage of the pipeline that this rank holds."""
+"""From the run's config to a Megatron GPTModel: a chunk of the pipeline that this rank holds."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from moe.config.schema import RunConfig
 from moe.model.init import init_weights, mark_tensor_parallel
 from moe.model.moe_adapter import MoEGroups
 from moe.model.norm import RMSNorm
+from moe.model.pipeline import layers_of_chunks, megatron_layout
+from moe.model.recompute import recompute_settings
 from moe.model.spec import layer_spec, mtp_spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -66,8 +67,13 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         "gradient_accumulation_fusion": False,
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
+        # Chunks need it where the next stage is also the one before: batched transfers of two stages mix up.
+        "overlap_p2p_comm": parallel.vpp > 1,
+        "batch_p2p_comm": parallel.vpp == 1,
+        "pipeline_model_parallel_layout": megatron_layout(model, parallel) if parallel.pp > 1 else None,
         "expert_model_parallel_size": parallel.ep,
-        "expert_tensor_parallel_size": 1,
+        "expert_tensor_parallel_size": parallel.etp,
         "context_parallel_size": parallel.cp,
         "sequence_parallel": parallel.tp > 1,  # Megatron demands it of MoE with tensor parallelism
         "params_dtype": dtype,
@@ -75,13 +81,16 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         "bf16": dtype is torch.bfloat16,
         "use_cpu_initialization": True,
         "perform_initialization": False,  # init_weights does it
+        **recompute_settings(config.train.recompute),
     }
     return TransformerConfig(**settings)
 
 
-def build_model(config: RunConfig, groups: ProcessGroupCollection, *, num_microbatches: int) -> GPTModel:
-    """This rank's stage, initialised, on the CPU; arguments as of `assemble_model`."""
-    model = assemble_model(config, groups, num_microbatches=num_microbatches)
+def build_model(
+    config: RunConfig, groups: ProcessGroupCollection, *, num_microbatches: int, chunk: int = 0
+) -> GPTModel:
+    """A chunk of this rank, initialised, on the CPU; arguments as of `assemble_model`."""
+    model = assemble_model(config, groups, num_microbatches=num_microbatches, chunk=chunk)
     init_weights(
         sharded_state(model),
         seed=config.run.seed,
@@ -95,33 +104,37 @@ def load_weights(model: GPTModel, directory: Path) -> None:
     """Fill a model from a checkpoint's shards, written in whatever layout and precision; collective.
 
     Args:
-        model: any rank's stage; its router biases are filled, too.
+        model: any rank's chunk; its router biases are filled, too.
         directory: a folder that was verified.
     """
     loaded = dist_checkpointing.load({"model": sharded_state(model)}, str(directory))
     model.load_state_dict(loaded["model"])
 
 
-def assemble_model(config: RunConfig, groups: ProcessGroupCollection, *, num_microbatches: int) -> GPTModel:
-    """This rank's stage with memory for its weights, on torch's default device (meta needs none).
+def assemble_model(
+    config: RunConfig, groups: ProcessGroupCollection, *, num_microbatches: int, chunk: int = 0
+) -> GPTModel:
+    """A chunk of this rank with memory for its weights, on torch's default device (meta needs none).
 
     Args:
         config: the run's.
         groups: Megatron's process groups.
         num_microbatches: in a step; the router losses are divided by it.
+        chunk: index among the rank's parallel.vpp chunks.
     """
-    megatron_config = transformer_config(config)
-    pp_rank = groups.pp.rank()
-    is_last = pp_rank == groups.pp.size() - 1
+    parallel, megatron_config = config.parallel, transformer_config(config)
+    place = chunk * parallel.pp + groups.pp.rank()  # in the order of the model
+    is_last = place == parallel.pp * parallel.vpp - 1
     moe_params = {
         "model": config.model,
-        "groups": MoEGroups(ep=groups.ep, tp=groups.tp, dp=groups.dp_cp, expert_dp=groups.expt_dp),
+        "groups": MoEGroups.of(groups, parallel),
         "num_microbatches": num_microbatches,
         "kernels": config.engine.kernels,
+        "overlap": parallel.overlap_shared_expert,
     }
-    first = get_transformer_layer_offset(megatron_config, pp_rank=pp_rank)
-    count = get_num_layers_to_build(megatron_config, pp_rank=pp_rank)
-    specs = [layer_spec(config.model, index, moe_params) for index in range(first, first + count)]
+    layers = layers_of_chunks(config.model, parallel)
+    first = sum(layers[:place])
+    specs = [layer_spec(config.model, index, moe_params) for index in range(first, first + layers[place])]
     model = GPTModel(
         megatron_config,
         TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
@@ -129,10 +142,11 @@ def assemble_model(config: RunConfig, groups: ProcessGroupCollection, *, num_mic
         max_sequence_length=config.data.seq_length,
         position_embedding_type="none",  # our attentions rotate by themselves
         share_embeddings_and_output_weights=config.model.tie_embeddings,
-        pre_process=pp_rank == 0,
+        pre_process=place == 0,
         post_process=is_last,
         mtp_block_spec=mtp_spec(config.model, moe_params) if is_last and config.model.mtp_layers else None,
         pg_collection=groups,
+        vp_stage=chunk if parallel.vpp > 1 else None,
     )
     mark_tensor_parallel(model)
     return model

@@ -3,8 +3,8 @@
 Our own around Megatron's linears, for what published models add to it: norms of queries and keys in each head
 or over all heads, biases of either projection alone, rotation of a part of each head, YaRN, windows, sinks.
 
-Shapes: S sequence, s positions of this rank (S / tp), B batch, D model, H query heads, G key/value heads, h
-and g those of this rank, d head size.
+Shapes: S positions of a sequence, C those of this context-parallel rank (S / cp), s those of this rank
+(C / tp), B batch, D model, H query heads, G key/value heads, h and g those of this rank, d head size.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from moe.config.schema import AttentionSection
+from moe.model.context_parallel import SequenceSplit
 from moe.model.norm import AllHeadsNorm, HeadVector, RMSNorm
+from moe.model.recompute import recomputed
 from moe.model.rope import inverse_frequencies, rotate_halves
-from moe.model.sdpa import causal_attention
 
 
 class GroupedQueryAttention(MegatronModule):
@@ -42,6 +43,7 @@ class GroupedQueryAttention(MegatronModule):
         self.window = window_of(attention, layer_index)
         self.logit_scale = attention.yarn.softmax_scale / math.sqrt(attention.head_dim)
         self.tp_group = pg_collection.tp
+        self.split = SequenceSplit(pg_collection.cp, pg_collection.tp)
         H, G, d = attention.num_heads, attention.query_groups, attention.head_dim
         linear = {"config": config, "init_method": config.init_method, "tp_group": self.tp_group}
         self.linear_qkv = ColumnParallelLinear(
@@ -62,7 +64,7 @@ class GroupedQueryAttention(MegatronModule):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def _norm(self, heads: int) -> nn.Module:
-        """Of queries or keys [S, B, heads, d]."""
+        """Of queries or keys [C, B, heads, d]."""
         d, eps = self.sizes.head_dim, self.config.layernorm_epsilon
         if self.sizes.qk_norm == "head":
             return RMSNorm(self.config, d, eps)
@@ -72,24 +74,29 @@ class GroupedQueryAttention(MegatronModule):
 
     def forward(self, x_sBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """(output of the shape of x, its bias or None); causal whatever mask Megatron passes."""
+        qkv_CBw, _bias = self.linear_qkv(x_sBD)
+        output, bias = self.linear_proj(recomputed(self.config, self._attend, qkv_CBw))
+        return output, bias
+
+    def _attend(self, qkv_CBw: Tensor) -> Tensor:
+        """All between the two projections."""
         queries_per_group = self.sizes.num_heads // self.sizes.query_groups
-        qkv_SBw, _bias = self.linear_qkv(x_sBD)
-        qkv_SBgnd = qkv_SBw.unflatten(-1, (-1, queries_per_group + 2, self.sizes.head_dim))
-        q_SBgnd, k_SBg1d, v_SBg1d = qkv_SBgnd.split([queries_per_group, 1, 1], dim=3)
-        q_SBhd, k_SBgd, v_SBgd = q_SBgnd.flatten(2, 3), k_SBg1d.squeeze(3), v_SBg1d.squeeze(3)
-        y_SBw = causal_attention(
-            self._rotate(self.q_layernorm(q_SBhd)),
-            self._rotate(self.k_layernorm(k_SBgd)),
+        qkv_CBgnd = qkv_CBw.unflatten(-1, (-1, queries_per_group + 2, self.sizes.head_dim))
+        q_CBgnd, k_CBg1d, v_CBg1d = qkv_CBgnd.split([queries_per_group, 1, 1], dim=3)
+        positions_C = self.split.positions(qkv_CBw.shape[0], qkv_CBw.device)
+        q_CBhd, k_CBgd = (
+            rotate_halves(x, self.frequencies, positions_C, scale=self.sizes.yarn.rotation_scale)
+            for x in (self.q_layernorm(q_CBgnd.flatten(2, 3)), self.k_layernorm(k_CBg1d.squeeze(3)))
+        )
+        k_SBgd, v_SBgd = (self.split.in_order(self.split.gather(x)) for x in (k_CBgd, v_CBg1d.squeeze(3)))
+        return self.split.attend(
+            q_CBhd,
+            k_SBgd,
             v_SBgd,
             scale=self.logit_scale,
             window=self.window,
-            sinks_H=None if self.sinks is None else self.sinks.weight,
+            sinks_H=None if self.sinks is None else self.sinks(),
         )
-        output, bias = self.linear_proj(y_SBw)
-        return output, bias
-
-    def _rotate(self, x_SBHd: Tensor) -> Tensor:
-        return rotate_halves(x_SBHd, self.frequencies, scale=self.sizes.yarn.rotation_scale)
 
 
 def window_of(attention: AttentionSection, layer_index: int) -> int:

@@ -12,14 +12,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from moe.config.schema import ModelSection
-from moe.layer import MoEConfig, MoELayer, attach_loss
+from moe.config.schema import ModelSection, ParallelSection
+from moe.errors import InputError
+from moe.layer import MoEConfig, MoELayer, NodeGroups, attach_loss, split_by_node
+from moe.model.recompute import is_counted
+from moe.ranks import ranks_on_this_machine
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,37 @@ class MoEGroups:
     tp: dist.ProcessGroup
     dp: dist.ProcessGroup  # data (and context) parallel ranks: replicas of the router
     expert_dp: dist.ProcessGroup  # ranks that hold the same experts
+    sequence: dist.ProcessGroup  # tensor- and context-parallel ranks: the other positions of the sequences
+    cp: dist.ProcessGroup
+    nodes: NodeGroups | None  # those of ep by node, for the hierarchical dispatcher
+
+    @classmethod
+    def of(cls, groups: ProcessGroupCollection, parallel: ParallelSection) -> MoEGroups:
+        """From Megatron's; collective where groups are made.
+
+        Raises:
+            InputError: if the expert-parallel ranks are not whole nodes, as the dispatcher needs.
+        """
+        return cls(
+            ep=groups.ep,
+            tp=groups.tp,
+            dp=groups.dp_cp,
+            expert_dp=groups.expt_dp,
+            sequence=groups.tp_cp,
+            cp=groups.cp,
+            nodes=_nodes(groups.ep, parallel) if parallel.dispatcher == "hierarchical" else None,
+        )
+
+
+def _nodes(ep: dist.ProcessGroup, parallel: ParallelSection) -> NodeGroups:
+    per_node = parallel.ranks_per_node or ranks_on_this_machine()
+    try:
+        return split_by_node(ep, per_node)
+    except ValueError as error:
+        raise InputError(
+            f"parallel.dispatcher=hierarchical: {error}, parallel.dispatcher=alltoall. "
+            f"parallel.ranks_per_node={parallel.ranks_per_node}, {ranks_on_this_machine()} were started here"
+        ) from error
 
 
 class SharedExpertMLP(nn.Module):
@@ -100,6 +135,7 @@ class MoEAdapter(MegatronModule):
         groups: MoEGroups,
         num_microbatches: int,
         kernels: str,
+        overlap: bool = False,
         **_: Any,
     ) -> None:
         """Build the layer.
@@ -111,6 +147,7 @@ class MoEAdapter(MegatronModule):
             groups: process groups.
             num_microbatches: the router losses are divided by it, as the schedule divides the main loss.
             kernels: backend of the kernels, `auto`, `torch` or `triton`.
+            overlap: compute the shared expert while rows travel.
         """
         super().__init__(config)
         self.groups = groups
@@ -122,7 +159,9 @@ class MoEAdapter(MegatronModule):
             layer_config(model, kernels),
             shared_expert=shared,
             ep_group=groups.ep,
-            sequence_group=groups.tp if config.sequence_parallel else None,
+            nodes=groups.nodes,
+            overlap=overlap,
+            sequence_group=groups.sequence if groups.sequence.size() > 1 else None,
             balance_group=groups.dp,
             initialize=False,
             dtype=config.params_dtype,
@@ -153,12 +192,15 @@ class MoEAdapter(MegatronModule):
         output = self.layer(hidden_SBD)
         if not self.training:
             return output.y, None
-        self.tokens_per_expert_E += output.counts_E
-        self.weight_sum += output.weight_sum
-        self.losses_2 += (
-            torch.stack([output.losses.balance, output.losses.z]).detach() / self.num_microbatches
-        )
-        return attach_loss(output.y, output.losses.total / self.num_microbatches), None
+        if is_counted(self.config):
+            self.tokens_per_expert_E += output.counts_E
+            self.weight_sum += output.weight_sum
+            self.losses_2 += (
+                torch.stack([output.losses.balance, output.losses.z]).detach() / self.num_microbatches
+            )
+        # Each rank's share of the loss: Megatron averages gradients over context-parallel ranks, too.
+        share = output.losses.total * self.groups.cp.size()
+        return attach_loss(output.y, share / self.num_microbatches), None
 
     def sharded_state_dict(
         self,

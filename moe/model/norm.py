@@ -57,6 +57,10 @@ class HeadVector(nn.Module):
         self.weight = nn.Parameter(torch.ones(size // tp_group.size(), dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
+    def forward(self) -> Tensor:
+        """The vector; called, not read, so that hooks of the data-parallel wrapper see its use."""
+        return self.weight
+
     def sharded_state_dict(
         self,
         prefix: str = "",
@@ -85,7 +89,7 @@ class AllHeadsNorm(HeadVector):
         super().__init__(config, size, tp_group)
         self.size, self.eps = size, eps
 
-    def forward(self, x_SBHd: Tensor) -> Tensor:
+    def forward(self, x_SBHd: Tensor) -> Tensor:  # type: ignore[override]
         """Normalise the last two dimensions, heads and their elements."""
         x_SBw = x_SBHd.flatten(2).float()
         square = x_SBw.square().sum(dim=-1, keepdim=True)

@@ -43,33 +43,41 @@ def _pair_turning(turns: float, yarn: YarnSection, base: float, rotary_dim: int)
     return rotary_dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
 
-def rotate_pairs(x_SBHr: Tensor, frequencies: Tensor, *, scale: float = 1.0) -> Tensor:
+def rotate_pairs(
+    x_SBHr: Tensor, frequencies: Tensor, positions_S: Tensor | None = None, *, scale: float = 1.0
+) -> Tensor:
     """Turn neighbouring elements (2i, 2i + 1) by position * frequency i, as DeepSeek-V3 does.
 
     Args:
-        x_SBHr: position s is the index of the first dimension.
+        x_SBHr: rotated part of each head.
         frequencies: [r / 2], radians a position.
+        positions_S: of the first dimension's elements; None is their index.
         scale: multiplies the result.
     """
-    cos, sin = _cos_sin(x_SBHr, frequencies, scale)
+    cos, sin = _cos_sin(x_SBHr, frequencies, positions_S, scale)
     a, b = x_SBHr.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x_SBHr.dtype)
 
 
-def rotate_halves(x_SBHd: Tensor, frequencies: Tensor, *, scale: float = 1.0) -> Tensor:
+def rotate_halves(
+    x_SBHd: Tensor, frequencies: Tensor, positions_S: Tensor | None = None, *, scale: float = 1.0
+) -> Tensor:
     """Turn elements (i, i + r / 2) of the first r by position * frequency i; the other d - r stay.
 
     Arguments as of `rotate_pairs`.
     """
-    cos, sin = _cos_sin(x_SBHd, frequencies, scale)
+    cos, sin = _cos_sin(x_SBHd, frequencies, positions_S, scale)
     r = 2 * frequencies.numel()
     a, b = x_SBHd[..., :r].float().chunk(2, dim=-1)
     turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_SBHd.dtype)
     return turned if r == x_SBHd.shape[-1] else torch.cat([turned, x_SBHd[..., r:]], dim=-1)
 
 
-def _cos_sin(x: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _cos_sin(
+    x: Tensor, frequencies: Tensor, positions_S: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """[S, 1, 1, r / 2] each."""
-    positions = torch.arange(x.shape[0], device=x.device, dtype=torch.float32)
-    angle = torch.outer(positions, frequencies)[:, None, None, :]
+    if positions_S is None:
+        positions_S = torch.arange(x.shape[0], device=x.device)
+    angle = torch.outer(positions_S.float(), frequencies)[:, None, None, :]
     return angle.cos() * scale, angle.sin() * scale

@@ -26,6 +26,10 @@ from moe.model.latent_attention import LatentAttention
 from moe.model.moe_adapter import MoEAdapter
 from moe.model.norm import RMSNorm
 
+# The transformer layer of a multi-token prediction module: megatron-core 0.16's name, or 0.19's.
+_MTP_FIELDS = MultiTokenPredictionLayerSubmodules.__dataclass_fields__
+MTP_LAYER = "transformer_layer" if "transformer_layer" in _MTP_FIELDS else "mtp_model_layer"
+
 
 def layer_spec(model: ModelSection, layer_index: int, moe_params: dict[str, Any]) -> ModuleSpec:
     """The spec of one transformer layer.
@@ -62,8 +66,8 @@ def mtp_spec(model: ModelSection, moe_params: dict[str, Any]) -> ModuleSpec:
                 enorm=RMSNorm,
                 hnorm=RMSNorm,
                 eh_proj=ColumnParallelLinear,
-                transformer_layer=layer_spec(model, model.num_layers + index, moe_params),
                 layer_norm=RMSNorm,
+                **{MTP_LAYER: layer_spec(model, model.num_layers + index, moe_params)},
             ),
         )
         for index in range(model.mtp_layers)

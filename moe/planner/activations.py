@@ -33,7 +33,7 @@ class Saved:
 
 def layer_saved(job: Job, *, dense: bool) -> Saved:
     """What one layer keeps; with full recomputation only its input."""
-    if "full" in job.plan.recompute:
+    if "full" in job.recompute:
         return Saved(norms=_stream(job))
     if dense:
         return Saved(norms=2 * _norm(job), attention=_attention(job), dense=_dense(job))
@@ -82,7 +82,7 @@ def _stream(job: Job) -> float:
 
 def _norm(job: Job) -> float:
     """Input and output, which is the input of GEMMs and goes with recomputation; on a CPU one more."""
-    output = 0.0 if "layernorm" in job.plan.recompute else _operand_bytes(job, job.precision) / job.wide_bytes
+    output = 0.0 if "layernorm" in job.recompute else _operand_bytes(job, job.precision) / job.wide_bytes
     return _stream(job) * (1 + output + (job.plan.kernels == "torch"))
 
 
@@ -92,22 +92,25 @@ def _attention(job: Job) -> float:
     H, groups, wide = attention.num_heads / layout.tp, attention.num_groups / layout.tp, job.wide_bytes
     q, k, v = H * attention.qk_dim, groups * attention.qk_dim, groups * attention.v_dim
     output = H * (attention.v_dim * wide + _FP32)
+    if "core_attn" in job.recompute:  # from the projections on; the output is the next one's input
+        inputs = q + k + v if not attention.is_latent else _compressed(job, copies=1) / layout.tp
+        return T * (inputs + H * attention.v_dim) * wide
     if not attention.is_latent:
         # Values stay a part of the projection's output, so all of that stays. A norm keeps its queries apart.
         normed = q + (q + k if job.plan.kernels == "torch" else 0)
         normed = 0 if attention.qk_norm == "none" else normed
         return T * ((q + k + v + q + k + normed) * wide + output)
-    kept = T / layout.tp * _compressed(job) * wide + T * output
-    if "mla_up_proj" in job.plan.recompute:
+    copies = 3 if job.plan.kernels == "torch" else 2
+    kept = T / layout.tp * _compressed(job, copies=copies) * wide + T * output
+    if "mla_up_proj" in job.recompute:
         return kept
     nope_dim = attention.qk_dim - attention.rope_dim
     return kept + T * (q + k + v + groups * nope_dim) * wide
 
 
-def _compressed(job: Job) -> float:
+def _compressed(job: Job, *, copies: int) -> float:
     """Numbers a token that latent attention keeps: compressions before and after their norms."""
     attention = job.shape.attention
-    copies = 3 if job.plan.kernels == "torch" else 2
     return copies * (attention.q_lora_rank + attention.kv_lora_rank) + attention.rope_dim
 
 
@@ -129,23 +132,23 @@ def _dispatch(job: Job) -> float:
 def _experts(job: Job) -> float:
     """X, H, and what the family of kernels keeps beside them."""
     D, F = job.shape.hidden_size, job.shape.expert_hidden_size / job.layout.etp
-    if "moe" in job.plan.recompute:
+    if "moe" in job.recompute:
         return 0.0
     # Ours gathers X from the norm's output in the GEMM, if all experts are here.
     gathers = not job.plan.is_te and job.layout.expert_ranks == 1
-    keeps_activation = job.plan.is_te and "moe_act" not in job.plan.recompute
+    keeps_activation = job.plan.is_te and "moe_act" not in job.recompute
     operands = (0 if gathers else D) + (F if keeps_activation else 0)
     return _rows(job) * (operands * _operand_bytes(job, job.expert_precision) + 2 * F * job.wide_bytes)
 
 
 def _shared(job: Job) -> float:
-    if "shared_experts" in job.plan.recompute:
+    if "shared_experts" in job.recompute:
         return 0.0
     return _swiglu(job, job.shape.shared_hidden_size)
 
 
 def _dense(job: Job) -> float:
-    return 0.0 if "mlp" in job.plan.recompute else _swiglu(job, job.shape.ffn_hidden_size)
+    return 0.0 if "mlp" in job.recompute else _swiglu(job, job.shape.ffn_hidden_size)
 
 
 def _swiglu(job: Job, hidden: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moe.planner.counts import params_total
+from moe.counts.counts import params_total
 from moe.planner.energy import Energy
 from moe.planner.settings import Job
 from moe.planner.site import Site

@@ -1,4 +1,4 @@
-"""Ranks along each axis, which of them are neighbours, and the layers of each pipeline stage.
+"""Ranks along each axis, and which of them are neighbours.
 
 Ranks are numbered as in Megatron-Core: tensor parallelism fastest, then context, data, pipeline. Experts have
 their own order over the same ranks of a stage: expert-tensor, expert, expert-data.
@@ -7,7 +7,6 @@ their own order over the same ranks of a stage: expert-tensor, expert, expert-da
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,27 +78,3 @@ def neighbours(size: int, stride: int, domain: int) -> int:
         domain: GPUs of a domain.
     """
     return max(1, min(size, domain // stride))
-
-
-@cache
-def balanced_stages(num_layers: int, pp: int, head_layers: float) -> tuple[int, ...]:
-    """Layers of each stage, so that the slowest stage is as fast as can be.
-
-    The last stage also has the output head and MTP, worth `head_layers` layers. Layers that cannot be shared
-    out evenly go to the early stages; the search is exact: the smallest ceiling under which all layers fit.
-    """
-    if pp == 1:
-        return (num_layers,)
-    room = [0] * pp
-    for ceiling in range(1, num_layers + 1):
-        room = [ceiling] * (pp - 1) + [max(0, int(ceiling - head_layers))]
-        if sum(room) >= num_layers:
-            break
-    excess = sum(room) - num_layers
-    stages = []
-    for index, most in enumerate(room):
-        # From the first stage on, which also has the embedding and the most activations in flight.
-        less = min(most, -(-excess // (pp - index)) if index < pp - 1 else excess)
-        excess -= less
-        stages.append(most - less)
-    return tuple(stages)

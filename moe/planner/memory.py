@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from moe.counts.counts import params_on_rank
 from moe.planner.activations import (
     Saved,
     graph_bytes,
@@ -15,7 +16,6 @@ from moe.planner.activations import (
     logits_bytes,
     workspace_bytes,
 )
-from moe.planner.counts import params_on_rank
 from moe.planner.settings import Job
 from moe.planner.stages import Stage, stage_weights, stages_of
 
@@ -128,17 +128,28 @@ def _memory(job: Job, stage: Stage, dense: Saved, moe: Saved) -> StageMemory:
 def _states(job: Job, stage: Stage) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer states."""
     dense, experts = held_params(job, stage)
-    zero = job.plan.zero
+    zero = job.zero
     whole = dense + experts
     shared = dense / job.layout.dense_replicas + experts / job.layout.edp
     held = {level: shared if zero >= level else whole for level in (1, 2, 3)}
     is_fp32 = job.precision == "fp32"
-    moments = 2 * (4 if job.plan.moments == "fp32" else 2)
+    moment = 4 if job.plan.moments == "fp32" else 2
+    # fp32 weights are their own main copy.
+    states = held[1] * (2 * moment + (0 if is_fp32 else 4))
     return {
         "weights": held[3] * _weight_bytes(job),
         "gradients": held[2] * (4 if is_fp32 or job.plan.grads == "fp32" else 2),
-        "optimizer": held[1] * (moments + (0 if is_fp32 else 4)),  # fp32 weights are their own main copy
+        "optimizer": states - (_matrices(job, stage) * moment if job.muon else 0),
     }
+
+
+def _matrices(job: Job, stage: Stage) -> float:
+    """Numbers that Muon moves, of those whose optimizer state a rank has."""
+    layout = job.layout
+    moved = [weight for weight in stage_weights(job.shape, stage) if weight.matmul and weight.name != "head"]
+    dense, experts = params_on_rank(moved, tp=layout.tp, expert_ranks=layout.expert_ranks)
+    is_shared = job.zero >= 1
+    return dense / (layout.dense_replicas if is_shared else 1) + experts / (layout.edp if is_shared else 1)
 
 
 def _weight_bytes(job: Job) -> float:

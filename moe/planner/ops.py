@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from moe.planner.counts import attention_products
+from moe.counts.counts import attention_products
+from moe.counts.shape import Shape
 from moe.planner.settings import Job
-from moe.planner.shape import Shape
 
 EIGHT_BITS = ("fp8", "mxfp8")
 # Bytes moved for a logit, forward and backward. In place: read and written in 16 bits. Fused: a copy in
@@ -267,7 +267,7 @@ def _moe_ops(job: Job) -> Iterator[Op]:
     yield replace(index, backward_launches=6)
     # Rows are sorted by destination and, on arrival, by expert. A fused dispatcher does the first, and our
     # experts the second: they gather as they multiply.
-    sorts = 1 if job.plan.dispatcher == "deepep" or layout.ep == 1 else 2
+    sorts = 1 if job.plan.dispatcher in ("deepep", "hybridep") or layout.ep == 1 else 2
     sorts -= 0 if job.plan.is_te else 1
     row_bytes = rows * D * wide
     moved = 2 * sorts * row_bytes

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moe.planner.campaign import Campaign, campaign
-from moe.planner.counts import (
+from moe.counts.counts import (
     flops_per_token,
     params_active,
     params_active_no_embedding,
     params_total,
 )
+from moe.planner.campaign import Campaign, campaign
 from moe.planner.energy import Energy, step_energy
 from moe.planner.evidence import evidence
 from moe.planner.memory import GIB, StageMemory, memory_of_stages
@@ -27,8 +27,8 @@ ADVICE = {
     "tp_s": "tensor parallelism: a smaller parallel.tp",
     "ep_s": "expert exchange: plan.overlap_ep, dispatcher deepep, ep within an NVLink domain, limited nodes",
     "pp_s": "pipeline transfers: plan.overlap_p2p, fewer chunks",
-    "bubble_s": "pipeline bubble: more micro-batches, more chunks (plan.vpp), fewer stages",
-    "dp_s": "gradient exchange: plan.overlap_grads, gradients in bf16, larger batches",
+    "bubble_s": "pipeline bubble: more micro-batches, more chunks (parallel.vpp), fewer stages",
+    "dp_s": "gradient exchange: parallel.overlap_grad_reduce, gradients in bf16, larger batches",
     "optimizer_s": "optimizer: more data-parallel replicas to share it, moments in bf16",
 }
 
@@ -117,6 +117,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "plan": job.plan.model_dump(mode="json"),
         "exposed_comm_s_by_kind": exposed,
         "time_s_by_cause": time.spent.parts,
+        "microbatch_s_by_stage": list(time.microbatch_s),
+        "forward_share_by_stage": list(time.forward_share),
         "imbalance": time.imbalance,
         "attack": f"{plan.attack}: {ADVICE[plan.attack]}",
         "fits": plan.short_bytes == 0,

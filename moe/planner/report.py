@@ -57,7 +57,7 @@ def search_text(found: Found) -> str:
     for plan in found.front:
         layout = plan.job.layout
         front.add_row(
-            f"tp {layout.tp}  pp {layout.pp}  ep {layout.ep}  micro-batch {plan.job.micro_batch}",
+            f"tp {layout.tp}  pp {layout.pp}x{layout.vpp}  ep {layout.ep}  batch {plan.job.micro_batch}",
             f"{plan.time.step_s:.3f}",
             f"{plan.energy.tokens_per_j:.3f}",
             f"{plan.fullest.total_bytes / GIB:.1f}",
@@ -175,6 +175,7 @@ def _campaign_table(plan: Plan) -> Table:
     )
     for name, value in facts:
         table.add_row(name, value)
+    table.add_row("assumed", f"{', '.join(site.assumed)}: no source states them for {site.name}")
     if run.site_gpus:
         table.add_row("site's power", f"{run.site_gpus:,} GPUs, {run.site_days:,.1f} days with all of them")
     return table

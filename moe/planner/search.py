@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 from moe.config.rules import violations
 from moe.errors import InputError
 from moe.planner.memory import GIB, memory_of_stages
 from moe.planner.plan import Plan, make_plan
-from moe.planner.settings import Job, PlanConfig, PlanSection, check
+from moe.planner.settings import Job, PlanConfig, check
 from moe.planner.site import Site
 
 Objective = Literal["time", "tokens_per_j"]
 TENSOR = (1, 2, 4, 8)  # within a node: sequence-parallel traffic needs NVLink
 MICRO_BATCHES = (1, 2, 4, 8)
+CHUNKS = (1, 2, 4)  # of a pipeline rank
 FRONT_LENGTH = 10
 
 
@@ -97,7 +99,7 @@ def as_overrides(job: Job) -> tuple[str, ...]:
     if layout.cp > 1:
         texts.append(f"parallel.cp={layout.cp}")
     if layout.vpp > 1:
-        texts.append(f"plan.vpp={layout.vpp}")
+        texts.append(f"parallel.vpp={layout.vpp}")
     if layout.etp > 1:
         texts.append(f"plan.etp={layout.etp}")
     return tuple(texts)
@@ -108,16 +110,12 @@ def _candidates(base: Job) -> Iterator[Job]:
     for tp in TENSOR:
         for pp in _divisors(gpus // tp if gpus % tp == 0 else 0, most=shape.num_layers):
             for ep in _divisors(shape.num_experts, most=gpus):
-                layout = replace(base.layout, tp=tp, pp=pp, ep=ep)
-                for micro in MICRO_BATCHES:
-                    job = replace(base, layout=layout, micro_batch=micro, plan=_unsplit(base))
+                for vpp, micro in product(CHUNKS if pp > 1 else (1,), MICRO_BATCHES):
+                    layout = replace(base.layout, tp=tp, pp=pp, vpp=vpp, ep=ep)
+                    # A split of layers over chunks fits one number of them only.
+                    job = replace(base, layout=layout, micro_batch=micro, stage_layers=())
                     if not check(job):
                         yield job
-
-
-def _unsplit(base: Job) -> PlanSection:
-    """The assumptions without a split of layers over stages, which fits one number of stages only."""
-    return base.plan.model_copy(update={"stage_layers": ()})
 
 
 def _divisors(number: int, *, most: int) -> list[int]:
@@ -164,7 +162,7 @@ def _neighbours(best: Plan, objective: Objective, site: Site, steps: int) -> Ite
     job = best.job
     changes = [
         replace(job, layout=replace(job.layout, **{axis: size}))
-        for axis in ("tp", "pp", "ep")
+        for axis in ("tp", "pp", "vpp", "ep")
         for size in _near(getattr(job.layout, axis))
     ] + [replace(job, micro_batch=size) for size in _near(job.micro_batch)]
     for other in changes:
@@ -200,6 +198,7 @@ def _refused(config: PlanConfig, job: Job) -> Iterator[str]:
         "parallel.pp": job.layout.pp,
         "parallel.ep": job.layout.ep,
         "parallel.cp": job.layout.cp,
+        "parallel.stage_layers": job.stage_layers,
         "train.micro_batch_size": job.micro_batch,
     }
     for violation in violations(values, job.layout.gpus):

@@ -13,25 +13,28 @@ from typing import Literal
 
 from moe.config.load import load_as
 from moe.config.rules import RULES
-from moe.config.schema import Count, CountOrZero, RunConfig, Section
+from moe.config.schema import Count, RunConfig, Section
+from moe.counts.shape import Shape, shape_of
 from moe.errors import InputError
 from moe.planner.hardware import Gpu
 from moe.planner.layout import Layout
-from moe.planner.shape import Shape, shape_of
 
 Precision = Literal["fp32", "bf16", "fp8", "mxfp8"]
 Recompute = Literal[
     "full", "layernorm", "core_attn", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"
 ]
-# The planner spreads any number of layers over stages and knows context parallelism, which `moe train` lacks.
-_ONLY_OF_TRAINING = {("parallel.pp", "model.num_layers"), ("parallel.cp",)}
-
 # Of model.expert_precision; wide is train.precision. Scales that are powers of two cost what others do.
 _EXPERTS: dict[str, Precision | None] = {
     "wide": None,
     "fp8": "fp8",
     "fp8_power_of_two": "fp8",
     "mxfp8": "mxfp8",
+}
+# What train.recompute means, in the planner's words.
+_RECOMPUTED: dict[str, tuple[Recompute, ...]] = {
+    "none": (),
+    "selective": ("core_attn", "mla_up_proj"),
+    "full": ("full",),
 }
 
 
@@ -43,16 +46,14 @@ class PlanSection(Section):
             one scale a tensor, mxfp8 one for 32 numbers.
         grads: Of the gradient buffers and their reduction.
         moments: Of Adam's two moments.
-        zero: What data-parallel ranks share out: 0 nothing, 1 optimizer states, 2 gradients, 3 weights.
-        vpp: Model chunks of a pipeline rank (interleaved 1F1B, arXiv 2104.04473).
+        zero: What data-parallel ranks share out: 0 nothing, 1 optimizer states, 2 gradients, 3 weights; None
+            takes the engine's.
         etp: Ranks that split each expert.
-        stage_layers: Layers of each pipeline stage; empty balances them.
-        recompute: Parts computed again in the backward pass (arXiv 2205.05198).
+        recompute: Parts computed again in the backward pass (arXiv 2205.05198); empty takes train.recompute.
         routing: natural loads experts unevenly; balanced is the upper bound that published tables use.
-        dispatcher: alltoall sends a row for each expert, deepep one for each rank or node, in fused kernels.
+        dispatcher: alltoall sends a row for each expert, hierarchical one for each rank or node, deepep as
+            many in fused kernels; None takes parallel.dispatcher.
         overlap_ep: Expert communication runs beside the compute of another micro-batch.
-        overlap_grads: Gradients are reduced during the last backward pass.
-        overlap_params: Updated weights are gathered during the first forward pass.
         overlap_p2p: Pipeline transfers run beside compute.
         cuda_graph: none launches each kernel from Python; partial and full replay recorded launches.
         kernels: Whose saved activations and fusions: ours; torch, the same on a CPU; te, Transformer Engine;
@@ -66,16 +67,12 @@ class PlanSection(Section):
     precision: Precision | None = None
     grads: Literal["fp32", "bf16"] = "fp32"
     moments: Literal["fp32", "bf16"] = "fp32"
-    zero: Literal[0, 1, 2, 3] = 1
-    vpp: Count = 1
+    zero: Literal[0, 1, 2, 3] | None = None
     etp: Count = 1
-    stage_layers: tuple[CountOrZero, ...] = ()
     recompute: tuple[Recompute, ...] = ()
     routing: Literal["natural", "balanced"] = "natural"
-    dispatcher: Literal["alltoall", "deepep"] = "alltoall"
+    dispatcher: Literal["alltoall", "hierarchical", "deepep", "hybridep"] | None = None
     overlap_ep: bool = False
-    overlap_grads: bool = False
-    overlap_params: bool = False
     overlap_p2p: bool = True
     cuda_graph: Literal["none", "partial", "full"] = "none"
     kernels: Literal["ours", "te", "te_fused", "torch"] = "ours"
@@ -109,6 +106,12 @@ class Job:
         precision: Of the GEMMs.
         expert_precision: Of those of routed experts.
         plan: The other assumptions.
+        stage_layers: Layers of each chunk of the pipeline; empty balances them.
+        recompute: Parts computed again in the backward pass.
+        zero: What data-parallel ranks share out, as in PlanSection.
+        overlap_grads: Gradients are reduced during the last backward pass.
+        overlap_params: Updated weights are gathered during the first forward pass.
+        muon: Matrices have one moment, not AdamW's two.
     """
 
     shape: Shape
@@ -120,6 +123,12 @@ class Job:
     precision: Precision
     expert_precision: Precision
     plan: PlanSection
+    stage_layers: tuple[int, ...] = ()
+    recompute: tuple[Recompute, ...] = ()
+    zero: int = 1
+    overlap_grads: bool = False
+    overlap_params: bool = False
+    muon: bool = False
 
     @property
     def num_microbatches(self) -> int:
@@ -148,8 +157,7 @@ def load_plan_config(path: Path, overrides: Sequence[str] = ()) -> PlanConfig:
     Raises:
         InputError: As load_config.
     """
-    rules = [rule for rule in RULES if rule.keys not in _ONLY_OF_TRAINING]
-    return load_as(PlanConfig, path, overrides, world_size=None, rules=rules)
+    return load_as(PlanConfig, path, overrides, world_size=None, rules=RULES)
 
 
 def make_job(config: PlanConfig, gpus: int, gpu: Gpu) -> Job:
@@ -167,7 +175,8 @@ def make_job(config: PlanConfig, gpus: int, gpu: Gpu) -> Job:
 
 def searched_job(config: PlanConfig, gpus: int, gpu: Gpu) -> Job:
     """As make_job, with a layout that may not fit: a search starts from it."""
-    parallel, plan = config.parallel, config.plan
+    parallel = config.parallel
+    plan = config.plan.model_copy(update={"dispatcher": config.plan.dispatcher or parallel.dispatcher})
     return Job(
         shape=shape_of(config.model),
         gpu=gpu,
@@ -175,7 +184,7 @@ def searched_job(config: PlanConfig, gpus: int, gpu: Gpu) -> Job:
             gpus=gpus,
             tp=parallel.tp,
             pp=parallel.pp,
-            vpp=plan.vpp,
+            vpp=parallel.vpp,
             ep=parallel.ep,
             etp=plan.etp,
             cp=parallel.cp,
@@ -186,6 +195,12 @@ def searched_job(config: PlanConfig, gpus: int, gpu: Gpu) -> Job:
         precision=plan.precision or config.train.precision,
         expert_precision=plan.precision or _EXPERTS[config.model.expert_precision] or config.train.precision,
         plan=plan,
+        stage_layers=parallel.stage_layers,
+        recompute=plan.recompute or _RECOMPUTED[config.train.recompute],
+        zero=config.engine.zero_stage if plan.zero is None else plan.zero,
+        overlap_grads=parallel.overlap_grad_reduce,
+        overlap_params=parallel.overlap_param_gather,
+        muon=config.optim.name == "muon",
     )
 
 
@@ -196,7 +211,7 @@ def check(job: Job) -> list[str]:
     if problems:  # dp below would be no whole number
         return problems
     chunks = layout.pp * layout.vpp
-    if chunks > shape.num_layers + shape.mtp_layers + 1:
+    if chunks > shape.num_layers and not job.stage_layers:
         problems.append(f"{layout.pp} stages x {layout.vpp} chunks are more than {shape.num_layers} layers")
     heads, groups = shape.attention.num_heads, shape.attention.num_groups
     if heads % layout.tp or (not shape.attention.is_latent and groups % layout.tp):
@@ -206,10 +221,10 @@ def check(job: Job) -> list[str]:
             f"train.global_batch_size={job.global_batch} is no multiple of "
             f"train.micro_batch_size * dp = {job.micro_batch} * {layout.dp}"
         )
-    stages = job.plan.stage_layers
-    if stages and (len(stages) != layout.pp or sum(stages) != shape.num_layers):
+    elif layout.vpp > 1 and job.num_microbatches % layout.pp:  # chunks take turns in rounds of pp
         problems.append(
-            f"plan.stage_layers={list(stages)} must be {layout.pp} numbers whose sum is {shape.num_layers}"
+            f"{job.num_microbatches} micro-batches are no multiple of parallel.pp={layout.pp}, as "
+            f"parallel.vpp={layout.vpp} needs"
         )
     for precision in sorted({job.precision, job.expert_precision} - job.gpu.peak_flops.keys()):
         allowed = ", ".join(job.gpu.peak_flops)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
-from moe.planner.layout import balanced_stages
+from moe.counts.shape import Shape
+from moe.counts.stages import chunk_layers
+from moe.counts.weights import Weight, block_weights, embedding_weights, head_weights, mtp_weights
 from moe.planner.settings import Job
-from moe.planner.shape import Shape
-from moe.planner.weights import Weight, block_weights, embedding_weights, head_weights, mtp_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,35 +31,21 @@ class Stage:
 
 
 def stages_of(job: Job) -> tuple[Stage, ...]:
-    """Every stage, from the config's split or a balanced one."""
+    """Every stage, from the config's split or a balanced one; chunk i of the model is on stage i % pp."""
     shape, pp = job.shape, job.layout.pp
-    layers = job.plan.stage_layers or balanced_stages(shape.num_layers, pp, head_layers(shape))
-    stages, first = [], 0
-    for index, count in enumerate(layers):
-        dense = max(0, min(first + count, shape.num_dense_layers) - first)
-        stages.append(
-            Stage(
-                index=index,
-                dense_layers=dense,
-                moe_layers=count - dense,
-                has_embedding=index == 0,
-                has_head=index == pp - 1,
-            )
+    layers = job.stage_layers or chunk_layers(shape, pp * job.layout.vpp)
+    firsts = [0, *accumulate(layers)]
+    dense = [max(0, min(end, shape.num_dense_layers) - first) for first, end in pairwise(firsts)]
+    return tuple(
+        Stage(
+            index=index,
+            dense_layers=sum(dense[index::pp]),
+            moe_layers=sum(layers[index::pp]) - sum(dense[index::pp]),
+            has_embedding=index == 0,
+            has_head=index == pp - 1,
         )
-        first += count
-    return tuple(stages)
-
-
-def head_layers(shape: Shape) -> float:
-    """What the output head and MTP are worth in layers, by the matmul weights on a token's path."""
-
-    def active(weights: tuple[Weight, ...]) -> float:
-        used = {"expert": shape.top_k / shape.num_experts}
-        return sum(weight.numel * used.get(weight.split, 1.0) for weight in weights if weight.matmul)
-
-    heads = (1 + shape.mtp_layers) * shape.vocab_size * shape.hidden_size
-    layer = active(block_weights(shape, dense=False))
-    return (heads + shape.mtp_layers * active(mtp_weights(shape))) / layer
+        for index in range(pp)
+    )
 
 
 def stage_weights(shape: Shape, stage: Stage) -> tuple[Weight, ...]:

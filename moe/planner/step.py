@@ -13,6 +13,17 @@ from dataclasses import dataclass, fields
 from functools import reduce
 
 from moe.planner import collectives
+from moe.planner.bytes_sent import (
+    Gathers,
+    context_gathers,
+    data_gathers,
+    end_gathers,
+    exchange,
+    exchanges,
+    expert_tensor_gathers,
+    pipeline_bytes,
+    tensor_gathers,
+)
 from moe.planner.imbalance import imbalance
 from moe.planner.memory import held_params
 from moe.planner.ops import Op, embedding_ops, head_ops, layer_ops, mtp_ops
@@ -123,15 +134,13 @@ def step_time(job: Job) -> StepTime:
     passes = _stage_passes(job)
     microbatch = [_overlapped(job, one) for one in passes]
     times = tuple(spent.total_s for spent in microbatch)
-    worst = max(range(len(times)), key=times.__getitem__)
     m = job.num_microbatches
+    updates = [_update(job, stage, time) for stage, time in zip(stages_of(job), times, strict=True)]
+    busy = [one.times(m) + update for one, update in zip(microbatch, updates, strict=True)]
+    worst = max(range(len(busy)), key=lambda stage: busy[stage].total_s)
     mean_s = sum(times) / len(times)
     bubble_s = (job.layout.pp - 1) / job.layout.vpp * mean_s
-    spent = (
-        microbatch[worst].times(m)
-        + Spent(bubble_s=bubble_s, pp_s=_pipeline_s(job) * m)
-        + _update(job, stages_of(job)[worst], times[worst])
-    )
+    spent = busy[worst] + Spent(bubble_s=bubble_s, pp_s=_pipeline_s(job) * m)
     return StepTime(
         spent=spent,
         microbatch_s=times,
@@ -151,6 +160,8 @@ def _stage_passes(job: Job) -> list[_Pass]:
         if stage.has_head:
             ends += _ops_pass(job, head_ops(job))
             ends += _mtp_pass(job).times(job.shape.mtp_layers)
+        group = collectives.tensor_group(job.layout, job.gpu)
+        ends += _Pass(tp_s=_gathers_s(job, end_gathers(job, stage), group))
         passes.append(dense.times(stage.dense_layers) + moe.times(stage.moe_layers) + ends)
     return passes
 
@@ -182,45 +193,30 @@ def _op_pass(job: Job, op: Op, load: float) -> _Pass:
 
 
 def _is_recomputed(job: Job, op: Op) -> bool:
-    chosen = job.plan.recompute
+    chosen = job.recompute
     return "full" in chosen or op.part in chosen or (op.part == "moe_act" and "moe" in chosen)
 
 
 def _tensor_pass(job: Job, *, dense: bool) -> _Pass:
-    """Sequence parallelism gathers before and scatters after each block (arXiv 2205.05198, section 4.2.2).
-
-    Backward does the same, and gathers each block's input once more for the weight gradient.
-    """
-    layout, gpu, shape = job.layout, job.gpu, job.shape
-    activations = job.tokens * shape.hidden_size * job.wide_bytes
-    tp_blocks = 2 if dense or shape.shared_hidden_size else 1
-    forward = 2 * tp_blocks * collectives.gather_s(activations, collectives.tensor_group(layout, gpu), gpu)
-    if not dense and layout.etp > 1:
-        rows = activations / layout.tp * shape.top_k * layout.etp
-        forward += 2 * collectives.gather_s(rows, collectives.expert_tensor_group(layout, gpu), gpu)
-    again = 1 if "full" in job.plan.recompute else 0
-    exchanged = forward * (1 + 1.5 + again)
-    if layout.cp > 1:
-        kv = shape.attention.num_groups / layout.tp * (shape.attention.qk_dim + shape.attention.v_dim)
-        whole = job.tokens * layout.cp * kv * job.wide_bytes
-        exchanged += 3 * collectives.gather_s(whole, collectives.context_group(layout, gpu), gpu)
+    """Sequence, expert-tensor and context parallelism of one layer."""
+    layout, gpu = job.layout, job.gpu
+    exchanged = _gathers_s(job, tensor_gathers(job, dense=dense), collectives.tensor_group(layout, gpu))
+    if not dense:
+        experts = (expert_tensor_gathers(job),)
+        exchanged += _gathers_s(job, experts, collectives.expert_tensor_group(layout, gpu))
+    exchanged += _gathers_s(job, (context_gathers(job),), collectives.context_group(layout, gpu))
     return _Pass(tp_s=exchanged)
+
+
+def _gathers_s(job: Job, gathers: tuple[Gathers, ...], group: collectives.Group) -> float:
+    return sum(g.count * collectives.gather_s(g.whole_bytes, group, job.gpu) for g in gathers)
 
 
 def _expert_pass(job: Job) -> _Pass:
     """Dispatch and combine, forward and backward."""
-    layout, gpu, shape = job.layout, job.gpu, job.shape
-    group = collectives.expert_group(layout, gpu)
-    exchange = collectives.Exchange(
-        tokens=job.tokens / layout.tp,
-        top_k=shape.top_k,
-        row_bytes=shape.hidden_size * job.wide_bytes,
-        dedup=job.plan.dispatcher == "deepep",
-        max_domains=shape.top_groups * -(-group.domains // shape.num_groups),
-    )
-    once = collectives.exchange_s(exchange, group, gpu)
-    again = 2 if {"full", "moe"} & {*job.plan.recompute} else 0
-    return _Pass(ep_s=once * (4 + again) * imbalance(job))
+    group = collectives.expert_group(job.layout, job.gpu)
+    once = collectives.exchange_s(exchange(job, group), group, job.gpu)
+    return _Pass(ep_s=once * exchanges(job) * imbalance(job))
 
 
 def _overlapped(job: Job, one: _Pass) -> Spent:
@@ -242,33 +238,28 @@ def _pipeline_s(job: Job) -> float:
     layout = job.layout
     if layout.pp == 1:
         return 0.0
-    sent = job.tokens / layout.tp * job.shape.hidden_size * job.wide_bytes
     near = layout.gpus // layout.pp < job.gpu.nvlink_domain
-    once_s = collectives.send_s(sent, job.gpu, near=near)
+    once_s = collectives.send_s(pipeline_bytes(job), job.gpu, near=near)
     return 2 * layout.vpp * (collectives.HOP_S if job.plan.overlap_p2p else once_s)
 
 
 def _update(job: Job, stage: Stage, microbatch_s: float) -> Spent:
     """Reduce gradients, update, gather weights; once a step."""
-    dense, experts = held_params(job, stage)
-    groups = (
-        (dense, collectives.dense_group(job.layout, job.gpu)),
-        (experts, collectives.expert_data_group(job.layout, job.gpu)),
+    of_dense, of_experts = data_gathers(job, stage)
+    dense_group = collectives.dense_group(job.layout, job.gpu)
+    expert_group = collectives.expert_data_group(job.layout, job.gpu)
+    reduce_s, gather_s = (
+        _gathers_s(job, (dense,), dense_group) + _gathers_s(job, (experts,), expert_group)
+        for dense, experts in zip(of_dense, of_experts, strict=True)
     )
-    gradient = 4 if job.plan.grads == "fp32" else 2
-    reduce_s = sum(collectives.gather_s(params * gradient, group, job.gpu) for params, group in groups)
-    weight = 1 if job.precision == "mxfp8" else job.wide_bytes
-    gather_s = sum(collectives.gather_s(params * weight, group, job.gpu) for params, group in groups)
-    if job.plan.zero == 0:
-        gather_s = reduce_s  # an all-reduce is a reduce-scatter and an all-gather of gradients
     beside_s = HIDING_SHARE * microbatch_s
-    if job.plan.zero == 3:  # weights are gathered forward and backward in every micro-batch, beside compute
-        exposed_s = max(0.0, 2 * gather_s + reduce_s - beside_s) * job.num_microbatches
+    if job.zero == 3:  # weights are gathered forward and backward in every micro-batch, beside compute
+        exposed_s = max(0.0, gather_s + reduce_s - beside_s * job.num_microbatches)
     else:
-        hidden_reduce_s = beside_s * BACKWARD_SHARE if job.plan.overlap_grads else 0.0
-        hidden_gather_s = beside_s * (1 - BACKWARD_SHARE) if job.plan.overlap_params else 0.0
+        hidden_reduce_s = beside_s * BACKWARD_SHARE if job.overlap_grads else 0.0
+        hidden_gather_s = beside_s * (1 - BACKWARD_SHARE) if job.overlap_params else 0.0
         exposed_s = max(0.0, reduce_s - hidden_reduce_s) + max(0.0, gather_s - hidden_gather_s)
-    return Spent(dp_s=exposed_s, optimizer_s=_optimizer_s(job, dense, experts))
+    return Spent(dp_s=exposed_s, optimizer_s=_optimizer_s(job, *held_params(job, stage)))
 
 
 def _optimizer_s(job: Job, dense: int, experts: int) -> float:
@@ -277,7 +268,7 @@ def _optimizer_s(job: Job, dense: int, experts: int) -> float:
     All gradients are zeroed and scaled; of the share, the norm reads and clipping rewrites gradients, Adam
     reads gradient, weight and moments and writes all but the gradient, and weights are copied to the model.
     """
-    share = (1, 1) if job.plan.zero == 0 else (job.layout.dense_replicas, job.layout.edp)
+    share = (1, 1) if job.zero == 0 else (job.layout.dense_replicas, job.layout.edp)
     moment = 4 if job.plan.moments == "fp32" else 2
     gradient = 4 if job.plan.grads == "fp32" else 2
     per_param = 4 * gradient + 2 * 4 + 2 * 2 * moment + 4 + job.wide_bytes

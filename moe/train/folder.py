@@ -5,21 +5,31 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe.checkpoint.store import list_complete
 from moe.config import RunConfig, load_config
 from moe.errors import InputError
+from moe.metering.journal import JOURNAL_FILE
 from moe.metering.jsonl import METRICS_FILE, read_step_log
-from moe.metering.report import read_report
 
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.jsonl"
 REPORT_FILE = "report.json"
 
 # A run that changed one of these on the way would be another run under the same name.
-FIXED = ("model", "data.seq_length", "run.name", "run.seed", "train.global_batch_size", "train.precision")
+FIXED = (
+    "model",
+    "data.seq_length",
+    "run.name",
+    "run.seed",
+    "optim.name",
+    "train.global_batch_size",
+    "train.batch_schedule",
+    "train.precision",
+)
 
 
 def choose_run_dir(config: RunConfig, wanted: Path | None, *, under_torchrun: bool) -> Path:
@@ -115,21 +125,39 @@ def log_start(run_dir: Path, *, step: int, energy_j: float, wall_s: float, world
         file.write(line + "\n")
 
 
-def spent_before(run_dir: Path) -> tuple[float, float]:
-    """Joules and seconds of all earlier starts, steps that will be done again included.
+@dataclass(frozen=True)
+class Spent:
+    """What all earlier starts of a run took, steps that will be done again included.
 
-    The metrics lose the lines of such steps when they are done again; starts.jsonl keeps what they cost.
+    Attributes:
+        energy_j: Joules, by the meter; NaN if it failed in one of them.
+        node_j: Joules of whole machines; NaN where they were not measured.
+        wall_s: Seconds in the training loop.
+    """
+
+    energy_j: float
+    node_j: float
+    wall_s: float
+
+
+def spent_before(run_dir: Path) -> Spent:
+    """What the run took so far, from the file that knows the most.
+
+    The metrics have every step but lose the lines of those that are done again; starts.jsonl and energy.jsonl
+    keep what they cost, and energy.jsonl alone what the last checkpoint did.
     """
     records = [
         record
-        for name in (METRICS_FILE, STARTS_FILE)
+        for name in (METRICS_FILE, STARTS_FILE, JOURNAL_FILE)
         if (run_dir / name).exists()
         for record in read_step_log(run_dir / name)
     ]
-    if (run_dir / REPORT_FILE).exists():  # alone holds what the last checkpoint cost
-        report = read_report(run_dir / REPORT_FILE)
-        records.append({"energy_j": report.energy.total_j, "wall_s": report.wall_s})
-    return (
-        max((record.get("energy_j") or 0.0 for record in records), default=0.0),
-        max((record.get("wall_s") or 0.0 for record in records), default=0.0),
+    failed = any(record.get("energy_j", 0.0) is None for record in records)
+    nodes_j = [record["node_j"] for record in records if record.get("node_j") is not None]
+    return Spent(
+        energy_j=math.nan
+        if failed
+        else max((record.get("energy_j", 0.0) for record in records), default=0.0),
+        node_j=max(nodes_j, default=math.nan if records else 0.0),
+        wall_s=max((record.get("wall_s") or 0.0 for record in records), default=0.0),
     )

@@ -19,9 +19,10 @@ from moe.engine.base import Batch, Engine, EvalResult, StepResult
 from moe.metering.jsonl import StepLog
 from moe.metering.router_stats import router_stats
 from moe.metering.sinks import Sink
-from moe.metering.throughput import StepClock
+from moe.metering.throughput import Pace, StepClock
+from moe.train.folder import Spent
 from moe.train.job_energy import JobEnergy
-from moe.train.schedule import learning_rate
+from moe.train.schedule import global_batch, learning_rate
 from moe.train.stop import StopRequest
 
 
@@ -33,10 +34,21 @@ class Progress:
     tokens: int = 0
     wall_s: float = 0.0
     energy_j: float = 0.0
+    useful_j: float = 0.0  # of the steps up to this one, each counted once; no evaluation, no checkpoint
+    node_j: float = 0.0  # from instruments of whole machines; NaN without them
     loss_first: float = math.nan
     loss_last: float = math.nan
     heldout_loss: float = math.nan
     heldout_bits_per_byte: float = math.nan
+
+    def charge(self, spent: Spent) -> None:
+        """Count what all starts so far took, steps that will be done again included.
+
+        A figure that is unknown on either side stays so.
+        """
+        self.energy_j = _larger(self.energy_j, spent.energy_j)
+        self.node_j = _larger(self.node_j, spent.node_j)
+        self.wall_s = max(self.wall_s, spent.wall_s)
 
 
 class Loop:
@@ -68,6 +80,7 @@ class Loop:
         self.stop = stop
         self._counts_LE = torch.zeros(1, dtype=torch.int64)  # since the last line of expert_load.jsonl
         self._energy_base_j = progress.energy_j
+        self._node_base_j = progress.node_j
         self._wall_base_s = progress.wall_s
 
     def run(self) -> bool:
@@ -87,55 +100,58 @@ class Loop:
         clock = StepClock(config.train.steps - progress.step)
         while progress.step < config.train.steps:
             lr = learning_rate(progress.step, config.optim, config.train.steps)
-            result = self.engine.train_step(self._train_batches(progress.step), lr)
-            self._advance(result)
-            record = self._record(result, lr, clock)
+            samples = global_batch(progress.step, config.train)
+            self.engine.num_microbatches = self._num_microbatches(len(samples))
+            result = self.engine.train_step(self._batches(self.train_set, samples), lr)
+            tokens = len(samples) * config.data.seq_length
+            self._advance(result, tokens)
+            record = self._record(result, lr, clock.tick(tokens))
             if self._due(config.train.eval_interval):
                 record |= self._evaluate()
             self._log(record, result)
             stopping = self.stop.agreed(self.engine.torch_device)
             if stopping or self._due(config.checkpoint.interval):
                 self._save()
+                self._read_energy()
             if stopping:
                 break
-        self._read_energy()  # the last checkpoint belongs to the run
         return progress.step >= config.train.steps
 
     def _due(self, interval: int) -> bool:
         step = self.progress.step
         return step == self.config.train.steps or (interval > 0 and step % interval == 0)
 
-    def _advance(self, result: StepResult) -> None:
-        progress, train = self.progress, self.config.train
+    def _advance(self, result: StepResult, tokens: int) -> None:
+        progress = self.progress
         progress.step += 1
-        progress.tokens += train.global_batch_size * self.config.data.seq_length
+        progress.tokens += tokens
         progress.loss_last = result.loss
         if progress.step == 1:
             progress.loss_first = result.loss
 
     def _read_energy(self) -> None:
         self.progress.energy_j = self._energy_base_j + self.energy.read_j()
+        self.progress.node_j = self._node_base_j + self.energy.node_j
         self.progress.wall_s = self._wall_base_s + time.monotonic() - self._started_s
 
-    def _record(self, result: StepResult, lr: float, clock: StepClock) -> dict[str, Any]:
+    def _record(self, result: StepResult, lr: float, pace: Pace) -> dict[str, Any]:
         progress = self.progress
         before_j, before_s = self._logged
+        step_began_j = progress.energy_j  # as last read: after the evaluation or checkpoint before the step
         self._read_energy()
+        progress.useful_j += progress.energy_j - step_began_j
         self._logged = (progress.energy_j, progress.wall_s)
         elapsed_s = max(progress.wall_s - before_s, 1e-9)
         metered = math.isfinite(progress.energy_j)
-        pace = clock.tick(self.config.train.global_batch_size * self.config.data.seq_length)
         return {
             "step": progress.step,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
-            "tokens": progress.tokens,
             "tokens_per_s": pace.tokens_per_s,
             "lr": lr,
             "expert_load_max_over_mean": router_stats(result.counts_LE.numpy()).load_max_over_mean,
-            "energy_j": progress.energy_j if metered else None,
+            **energy_record(progress, self.energy),
             "power_w": (progress.energy_j - before_j) / elapsed_s if metered else None,
-            "wall_s": progress.wall_s,
             "balance_loss": result.balance_loss,
             "z_loss": result.z_loss,
             **({"mtp_loss": result.mtp_loss} if self.config.model.mtp_layers else {}),
@@ -151,34 +167,29 @@ class Loop:
 
     # ---- data ---------------------------------------------------------------------------------------------
 
-    def _train_batches(self, step: int) -> Iterator[Batch]:
-        return self._batches(self.train_set, step, self.config.train.global_batch_size)
-
-    def _batches(self, dataset: TokenDataset, step: int, batch_size: int) -> Iterator[Batch]:
+    def _num_microbatches(self, batch_size: int) -> int:
         micro, dp = self.config.train.micro_batch_size, self.engine.layout.dp
-        count = num_microbatches(global_batch_size=batch_size, micro_batch_size=micro, dp_size=dp)
-        for microbatch in range(count):
-            indices = microbatch_indices(
-                step,
+        return num_microbatches(global_batch_size=batch_size, micro_batch_size=micro, dp_size=dp)
+
+    def _batches(self, dataset: TokenDataset, samples: range) -> Iterator[Batch]:
+        for microbatch in range(self._num_microbatches(len(samples))):
+            own = microbatch_indices(
+                0,
                 microbatch,
-                global_batch_size=batch_size,
-                micro_batch_size=micro,
+                global_batch_size=len(samples),
+                micro_batch_size=self.config.train.micro_batch_size,
                 dp_rank=self.engine.dp_rank,
-                dp_size=dp,
+                dp_size=self.engine.layout.dp,
             )
-            yield batch_for(dataset, indices)
+            yield batch_for(dataset, samples[own.start : own.stop])
 
     def _evaluate(self) -> dict[str, float]:
         sequences = self.config.train.eval_sequences
-        num_batches = num_microbatches(
-            global_batch_size=sequences,
-            micro_batch_size=self.config.train.micro_batch_size,
-            dp_size=self.engine.layout.dp,
-        )
-        batches = self._batches(self.heldout_set, 0, sequences)
-        result = self.engine.evaluate(batches, num_batches, self.token_bytes_V)
+        batches = self._batches(self.heldout_set, range(sequences))
+        result = self.engine.evaluate(batches, self._num_microbatches(sequences), self.token_bytes_V)
         self.progress.heldout_loss = result.nll_nats / result.tokens
         self.progress.heldout_bits_per_byte = bits_per_byte(result)
+        self._read_energy()
         return {
             "heldout_loss": self.progress.heldout_loss,
             "heldout_bits_per_byte": self.progress.heldout_bits_per_byte,
@@ -207,7 +218,33 @@ def bits_per_byte(result: EvalResult) -> float:
     return result.nll_nats / math.log(2) / result.text_bytes if result.text_bytes else math.nan
 
 
+def energy_record(progress: Progress, energy: JobEnergy) -> dict[str, Any]:
+    """What a record of metrics.jsonl and of energy.jsonl says about energy; see there."""
+    validity = energy.validity if math.isfinite(progress.energy_j) else "invalid"
+    quotable = progress.energy_j > 0 and validity != "invalid"
+    return {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "wall_s": progress.wall_s,
+        "energy_j": _finite(progress.energy_j),
+        "useful_j": _finite(progress.useful_j),
+        "tokens_per_j": progress.tokens / progress.energy_j if quotable else None,
+        "energy_source": energy.source,
+        "energy_boundary": energy.boundary,
+        "energy_validity": validity,
+        **({"node_j": _finite(progress.node_j)} if math.isfinite(energy.node_j) else {}),
+    }
+
+
+def _larger(a: float, b: float) -> float:
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def progress_from(state: dict[str, Any]) -> Progress:
-    """The totals that a checkpoint's state holds."""
+    """The totals that a checkpoint's state holds; those that an older version did not keep are unknown."""
     values: dict[str, Any] = {k: math.nan if v is None else v for k, v in state["progress"].items()}
-    return Progress(**values)
+    return Progress(**{"useful_j": math.nan, "node_j": math.nan} | values)

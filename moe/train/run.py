@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from moe.checkpoint.load import find_checkpoint, load_checkpoint, load_initial_w
 from moe.checkpoint.manifest import read_manifest
 from moe.config.load import dump_config
 from moe.config.schema import RunConfig
+from moe.counts.counts import flops_per_token, params_active
+from moe.counts.shape import shape_of
 from moe.data.dataset import TokenDataset, build_gpt_datasets
 from moe.data.tokenizer import Tokenizer
 from moe.durable import write_atomically
@@ -27,10 +29,9 @@ from moe.engine.base import Engine
 from moe.errors import InputError, MoeError
 from moe.kernels.backend import choose_backend
 from moe.metering.console import ConsoleSink
-from moe.metering.flops import flops_per_token, params_active
+from moe.metering.journal import EnergyJournal, Starts, read_journal, starts_of
 from moe.metering.jsonl import EXPERT_LOAD_FILE, StepLog
-from moe.metering.model_shape import model_shape
-from moe.metering.report import Layout, Report, write_report
+from moe.metering.report import Campaign, Layout, Report, write_report
 from moe.metering.sinks import JsonlSink, Sink, WandbSink
 from moe.ranks import on_rank0
 from moe.train.folder import (
@@ -44,7 +45,8 @@ from moe.train.folder import (
 from moe.train.initial_weights import check_initial_weights
 from moe.train.inputs import Inputs, find_inputs
 from moe.train.job_energy import JobEnergy
-from moe.train.loop import Loop, Progress, progress_from
+from moe.train.loop import Loop, Progress, energy_record, progress_from
+from moe.train.schedule import global_batch
 from moe.train.stop import StopRequest, stopped
 
 Note = Callable[[str], None]
@@ -67,8 +69,8 @@ def run_job(config: RunConfig, options: RunOptions) -> Report | None:
     Raises:
         MoeError: its text names what was wrong; the same on every rank.
     """
-    _seed_everything(config)
-    engine = _make_engine(config)
+    seed_everything(config)
+    engine = make_engine(config)
     try:
         return _run_on(engine, config, options)
     finally:
@@ -83,15 +85,16 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
         note(_introduction(config, engine, run_dir, kernels))
     inputs = on_rank0(lambda: find_inputs(config, note))
     tokenizer = Tokenizer.load(inputs.tokenizer)
-    datasets = _build_datasets(config, inputs, tokenizer)
-    progress = _restore(engine, run_dir, note) if resume else _begin(engine, config, options)
-    if progress.step >= config.train.steps:
-        if engine.rank == 0:
-            note(f"the run has done its {config.train.steps} steps; give it more with train.steps=N")
-        return None
+    datasets = build_datasets(config, inputs, tokenizer)
     outputs = Outputs(note)
-    energy = JobEnergy(config.energy, engine.torch_device, outputs.say)
+    # Before the checkpoint is read: what a restart costs belongs to the run.
+    energy = JobEnergy(config.energy, engine.torch_device, outputs.say, run_dir=run_dir)
     try:
+        progress = _restore(engine, run_dir, note) if resume else _begin(engine, config, options)
+        if progress.step >= config.train.steps:
+            if engine.rank == 0:
+                note(f"the run has done its {config.train.steps} steps; give it more with train.steps=N")
+            return None
         on_rank0(
             lambda: outputs.open(
                 config, run_dir, energy=energy, progress=progress, world_size=engine.world_size
@@ -110,8 +113,10 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
             stop=options.stop,
         )
         finished = loop.run()
+        outputs.close_journal(energy_record(progress, energy))
         if finished:
-            outputs.report = make_report(config, engine, energy, progress)
+            starts = on_rank0(lambda: starts_of(read_journal(run_dir)))
+            outputs.report = make_report(config, engine, energy, progress=progress, starts=starts)
     finally:
         energy.close()
         outputs.close()
@@ -127,6 +132,7 @@ class Outputs:
     console: ConsoleSink | None = None
     sinks: list[Sink] = field(default_factory=list)
     loads: StepLog | None = None
+    journal: EnergyJournal | None = None
     report: Report | None = None
 
     def open(
@@ -147,7 +153,8 @@ class Outputs:
         self.loads = StepLog(run_dir / EXPERT_LOAD_FILE, resume_step=progress.step)
         jsonl = JsonlSink(run_dir, resume_step=progress.step)
         self.console = _console(config, energy, progress)
-        self.sinks = [self.console, jsonl, _wandb(config, run_dir, self.say)]
+        self.journal = EnergyJournal(run_dir)
+        self.sinks = [self.console, jsonl, self.journal, _wandb(config, run_dir, self.say)]
         write_atomically(run_dir / CONFIG_FILE, dump_config(config))
         log_start(
             run_dir,
@@ -156,12 +163,18 @@ class Outputs:
             wall_s=progress.wall_s,
             world_size=world_size,
         )
+        self.journal.open(energy_record(progress, energy))
         for sink in self.sinks:
             sink.start(config.model_dump(mode="json"), config.train.steps)
 
     def say(self, text: str) -> None:
         """A message while the run goes on: above the bar where there is one."""
         (self.note if self.console is None else self.console.note)(text)
+
+    def close_journal(self, record: dict[str, Any]) -> None:
+        """Write what this start came to, its last checkpoint included."""
+        if self.journal is not None:
+            self.journal.end(record)
 
     def write_report(self, run_dir: Path) -> None:
         """Write report.json and the pictures."""
@@ -181,14 +194,15 @@ class Outputs:
             self.loads.close()
 
 
-def _build_datasets(
+def build_datasets(
     config: RunConfig, inputs: Inputs, tokenizer: Tokenizer
 ) -> tuple[TokenDataset, TokenDataset]:
+    """Samples of all steps of the run, and those of an evaluation."""
     return build_gpt_datasets(
         train=inputs.train,
         heldout=inputs.heldout,
         seq_length=config.data.seq_length,
-        train_samples=config.train.steps * config.train.global_batch_size,
+        train_samples=global_batch(config.train.steps, config.train).start,
         heldout_samples=config.train.eval_sequences,
         tokenizer=tokenizer,
         seed=config.run.seed,
@@ -220,18 +234,24 @@ def _introduction(config: RunConfig, engine: Engine, run_dir: Path, kernels: str
     layout = " ".join(f"{name}={size}" for name, size in engine.layout.as_dict().items())
     model = config.model
     return (
-        f"{run_dir}: {engine.params_total:,} parameters, {params_active(model_shape(model)):,} active, "
+        f"{run_dir}: {engine.params_total:,} parameters, {params_active(shape_of(model)):,} active, "
         f"{model.num_experts} experts top-{model.top_k}; {layout} on {engine.device}, {kernels} kernels"
     )
 
 
-def _make_engine(config: RunConfig) -> Engine:
+def make_engine(config: RunConfig) -> Engine:
+    """The engine that the config names; the process becomes a rank of its job."""
+    if config.engine.name == "deepspeed":
+        from moe.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config)
     from moe.engine.megatron import MegatronEngine
 
     return MegatronEngine(config)
 
 
-def _seed_everything(config: RunConfig) -> None:
+def seed_everything(config: RunConfig) -> None:
+    """The global generators, and determinism where the config asks for it."""
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)  # what libraries draw from the global generator
     torch.manual_seed(config.run.seed)
@@ -266,8 +286,9 @@ def _begin(engine: Engine, config: RunConfig, options: RunOptions) -> Progress:
         if engine.rank == 0:
             note(f"starting from the weights of {source}")
     # Of earlier starts that did not reach a checkpoint; nothing in a fresh folder.
-    spent_j, spent_s = on_rank0(lambda: spent_before(options.run_dir))
-    return Progress(energy_j=spent_j, wall_s=spent_s)
+    progress = Progress()
+    progress.charge(on_rank0(lambda: spent_before(options.run_dir)))
+    return progress
 
 
 def _restore(engine: Engine, run_dir: Path, note: Note) -> Progress:
@@ -277,16 +298,21 @@ def _restore(engine: Engine, run_dir: Path, note: Note) -> Progress:
     manifest = load_checkpoint(engine, checkpoint, same_layout=same)
     progress = progress_from(manifest.state)
     # Steps after the checkpoint are done again; what their first time took was spent all the same.
-    spent_j, spent_s = on_rank0(lambda: spent_before(run_dir))
-    progress.energy_j, progress.wall_s = max(progress.energy_j, spent_j), max(progress.wall_s, spent_s)
+    progress.charge(on_rank0(lambda: spent_before(run_dir)))
     if engine.rank == 0:
         note(f"resuming from {checkpoint} at step {progress.step}" + ("" if same else ", in another layout"))
     return progress
 
 
-def make_report(config: RunConfig, engine: Engine, energy: JobEnergy, progress: Progress) -> Report:
-    """What report.json says; every number is counted, metered or closed-form."""
-    shape = model_shape(config.model)
+def make_report(
+    config: RunConfig, engine: Engine, energy: JobEnergy, *, progress: Progress, starts: Starts
+) -> Report:
+    """What report.json says; every number is counted, metered or closed-form. Collective."""
+    shape = shape_of(config.model)
+    spent = energy.report(
+        progress.energy_j, wall_s=progress.wall_s, node_j=progress.node_j, problem=starts.problem
+    )
+    quotable = progress.energy_j > 0 and spent.validity != "invalid"
     return Report(
         run=config.run.name,
         commit=_git_commit(),
@@ -304,8 +330,14 @@ def make_report(config: RunConfig, engine: Engine, energy: JobEnergy, progress: 
         layout=Layout(**engine.layout.as_dict()),
         engine=config.engine.name,
         device=engine.device,
-        energy=energy.report(progress.energy_j),
-        tokens_per_j=progress.tokens / progress.energy_j if progress.energy_j > 0 else None,
+        energy=spent,
+        tokens_per_j=progress.tokens / progress.energy_j if quotable else None,
+        campaign=Campaign(
+            starts=starts.number,
+            campaign_j=progress.energy_j,
+            useful_j=progress.useful_j,
+            goodput=progress.useful_j / progress.energy_j if progress.energy_j > 0 else None,
+        ),
     )
 
 

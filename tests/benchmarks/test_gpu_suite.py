@@ -40,7 +40,7 @@ def test_dry_run_names_every_part_and_starts_none():
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()]
     assert names[:3] == ["ceilings", "tests", "topk_route"]
-    assert {"moe_layer", "grouped_gemm", "tune_tiles", "moe_layer_tuned", "energy_trace"} < set(names)
+    assert {"moe_layer", "grouped_gemm", "tune_tiles", "moe_layer_tuned", "layer_joules"} < set(names)
     assert done.stdout.splitlines()[-1].startswith("at most 525 s")
 
 
@@ -126,6 +126,7 @@ def test_file_names_of_gpus():
 
 def test_benchmarks_and_the_layer_import_with_torch_triton_and_numpy_only():
     modules = ("bench_moe_layer", "bench_topk_route", "bench_grouped_gemm", "tune_tiles", "energy_trace")
+    modules += ("bench_layer_joules",)
     code = "\n".join(
         [
             "import sys",

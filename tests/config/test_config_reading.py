@@ -42,7 +42,7 @@ def test_error_text_counts_the_problems_and_says_that_nothing_runs(sound):
 # ---- unknown keys --------------------------------------------------------------------------------------
 
 NEAREST = {
-    "optim.learning_rate=1": "optim takes lr, min_lr, warmup_steps",
+    "optim.learning_rate=1": "optim takes name, lr, min_lr, schedule",
     "optim.betas=1": "did you mean optim.beta",
     "optim.warmup=1": "did you mean optim.warmup_steps?",
     "optm={lr: 1}": "did you mean optim?",
@@ -51,7 +51,7 @@ NEAREST = {
     "lr=3": "did you mean optim.lr?",
     "train.keep=3": "did you mean checkpoint.keep?",
     "model.aux_los=batch": "did you mean model.router.aux_loss?",
-    "name=x": "did you mean run.name or engine.name?",
+    "name=x": "did you mean run.name or optim.name or engine.name?",
     "data.train=[{prefix: a, wieght: 2}]": "data.train.0.wieght; did you mean data.train.weight?",
     "zzz=1": "a config takes run, model, data,",
     "zzz.deep=1": "unknown key zzz; a config takes run, model, data,",

@@ -9,7 +9,8 @@ import yaml
 
 from moe.config import dump_config, load_config
 
-RECIPES = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "sites")
 
 # Text that some reader of YAML takes for something else.
 LOOKS_LIKE_SOMETHING_ELSE = [

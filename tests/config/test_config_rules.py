@@ -10,7 +10,6 @@ BLENDS = ("data.train=[{prefix: a}]", "data.heldout=[{prefix: b}]")
 
 # (overrides, ranks, what the one problem must say)
 BROKEN = {
-    "context parallelism": (["parallel.cp=2"], 2, ["parallel.cp=2", "allowed: 1"]),
     "world": (["parallel.tp=2", "parallel.pp=2"], 6, ["6 rank(s)", "2*2*1 = 4", "--nproc", "multiple of 4"]),
     "ep and ranks": (["parallel.ep=8"], 4, ["parallel.ep=8", "4 rank(s)", "allowed: 1, 2, 4"]),
     "ep and experts": (
@@ -18,11 +17,75 @@ BROKEN = {
         4,
         ["parallel.ep=4", "model.num_experts=6", "allowed: 1, 2, 3, 6"],
     ),
-    "pp and layers": (
-        ["parallel.pp=2", "model.num_layers=5"],
-        2,
-        ["parallel.pp=2", "model.num_layers=5", "allowed: 1, 5"],
+    "fewer layers than stages": (
+        ["parallel.pp=4", "model.num_layers=3"],
+        4,
+        ["model.num_layers=3", "4*1 = 4 chunks", "parallel.stage_layers"],
     ),
+    "expert tensor parallelism": (
+        ["parallel.etp=2", "parallel.tp=2"],
+        2,
+        ["parallel.etp=2", "parallel.etp=1 and parallel.ep=2", "parallel.tp=2"],
+    ),
+    "layers of stages": (
+        ["parallel.pp=2", "model.num_layers=5", "parallel.stage_layers=[3,1]"],
+        2,
+        ["parallel.stage_layers=[3, 1]", "2 chunks with 4 layers", "2*1 = 2", "model.num_layers=5"],
+    ),
+    "chunks without a pipeline": (["parallel.vpp=2"], 1, ["parallel.vpp=2", "parallel.pp=1"]),
+    "gather without buckets": (
+        ["parallel.overlap_param_gather=true"],
+        1,
+        ["overlap_param_gather=true", "overlap_grad_reduce=true", "set both"],
+    ),
+    "rounds of chunks": (
+        ["parallel.pp=2", "parallel.vpp=2", "train.global_batch_size=6", "train.micro_batch_size=2"],
+        2,
+        ["parallel.vpp=2", "train.global_batch_size=6", "2*1*2 = 4", "use for example 8"],
+    ),
+    "rounds of chunks in evaluation": (
+        ["parallel.pp=2", "parallel.vpp=2", "train.eval_sequences=6", "train.micro_batch_size=2"],
+        2,
+        ["train.eval_sequences=6", "2*1*2 = 4", "use for example 8"],
+    ),
+    "fused dispatcher": (["parallel.dispatcher=deepep"], 1, ["parallel.dispatcher=deepep", "hierarchical"]),
+    "nodes of experts": (
+        ["parallel.dispatcher=hierarchical", "parallel.ranks_per_node=2", "parallel.ep=2"],
+        2,
+        ["parallel.dispatcher=hierarchical", "parallel.ep=2", "parallel.ranks_per_node=2", "alltoall"],
+    ),
+    "pipeline under deepspeed": (
+        ["engine.name=deepspeed", "parallel.pp=2"],
+        2,
+        ["parallel.pp=2", "engine.name=deepspeed", "use engine.name=megatron"],
+    ),
+    "context parallelism under deepspeed": (
+        ["engine.name=deepspeed", "parallel.cp=2"],
+        2,
+        ["parallel.cp=2", "engine.name=deepspeed", "use engine.name=megatron"],
+    ),
+    "reduce overlap under deepspeed": (
+        ["engine.name=deepspeed", "parallel.overlap_grad_reduce=true"],
+        1,
+        ["parallel.overlap_grad_reduce=true", "engine.name=deepspeed", "use engine.name=megatron"],
+    ),
+    "stage of megatron": (
+        ["engine.zero_stage=3"],
+        1,
+        ["engine.zero_stage=3", "engine.name=megatron", "use engine.name=deepspeed"],
+    ),
+    "offload of megatron": (
+        ["engine.offload=optimizer"],
+        1,
+        ["engine.offload=optimizer", "engine.name=megatron", "use engine.name=deepspeed"],
+    ),
+    "offload of whole weights": (
+        ["engine.name=deepspeed", "engine.offload=all"],
+        1,
+        ["engine.offload=all", "engine.zero_stage=1", "use engine.offload=optimizer"],
+    ),
+    "meter without a command": (["energy.meter=command"], 1, ["energy.meter=command", "energy.node_command"]),
+    "pue of nobody": (["energy.pue=1.2"], 1, ["energy.pue=1.2", "energy.pue_source"]),
     "tp and heads": (
         ["parallel.tp=2", "model.attention.num_heads=3", "model.attention.num_query_groups=0"],
         2,
@@ -43,7 +106,16 @@ BROKEN = {
         2,
         ["model.vocab_size=513", "allowed: 1, 3"],
     ),
-    "tp and sequence": (["parallel.tp=2", "data.seq_length=65"], 2, ["data.seq_length=65", "allowed: 1, 5"]),
+    "tp and sequence": (
+        ["parallel.tp=2", "data.seq_length=65"],
+        2,
+        ["data.seq_length=65", "parallel.tp=2", "use for example 66"],
+    ),
+    "tp, cp and sequence": (
+        ["parallel.tp=2", "parallel.cp=2", "data.seq_length=68"],
+        4,
+        ["data.seq_length=68", "2*2*2 = 8", "use for example 72"],
+    ),
     "tp and query groups": (
         ["parallel.tp=4"],
         4,
@@ -127,6 +199,46 @@ BROKEN = {
         ["optim.warmup_steps=5", "optim.decay_steps=5"],
         1,
         ["warmup_steps=5", "decay_steps=5", "lower"],
+    ),
+    "stable rate of another schedule": (
+        ["optim.stable_steps=5"],
+        1,
+        ["optim.stable_steps=5", "optim.schedule=wsd", "not cosine"],
+    ),
+    "stable rate after its decay": (
+        ["optim.schedule=wsd", "optim.stable_steps=9", "optim.decay_steps=9"],
+        1,
+        ["optim.stable_steps=9", "optim.warmup_steps=0", "optim.decay_steps=9"],
+    ),
+    "clipping behind a norm": (
+        ["optim.qk_clip=100", "model.attention.qk_norm=head"],
+        1,
+        ["optim.qk_clip=100", "qk_norm=head", "undo"],
+    ),
+    "muon of another engine": (
+        ["optim.name=muon", "engine.name=deepspeed"],
+        1,
+        ["optim.name=muon", "engine.name=deepspeed", "use engine.name=megatron"],
+    ),
+    "clipping of another engine": (
+        ["optim.qk_clip=100", "engine.name=deepspeed"],
+        1,
+        ["optim.qk_clip=100", "use engine.name=megatron"],
+    ),
+    "growing batch of another engine": (
+        ["train.batch_schedule=[{steps: 1, global_batch_size: 4}]", "engine.name=deepspeed"],
+        1,
+        ["train.batch_schedule=[", "use engine.name=megatron"],
+    ),
+    "growing batch and ranks": (
+        ["train.batch_schedule=[{steps: 1, global_batch_size: 6}]"],
+        2,
+        ["train.batch_schedule", "batches of 6", "train.micro_batch_size*dp = 4", "for example 8"],
+    ),
+    "growing batch and chunks": (
+        ["parallel.pp=2", "parallel.vpp=2", "train.batch_schedule=[{steps: 1, global_batch_size: 6}]"],
+        2,
+        ["batches of 6", "train.micro_batch_size*dp*parallel.pp = 4"],
     ),
     "held-out alone": (["data.heldout=[{prefix: b}]"], 1, ["data.train and data.heldout", "together"]),
     "train alone": (["data.train=[{prefix: a}]", "data.tokenizer=bytes"], 1, ["data.heldout", "together"]),

@@ -12,6 +12,7 @@ import torch
 from hf_models import make_model, same_bytes, save_model, tensors_of
 from safetensors.torch import save_file
 
+from moe.checkpoint.manifest import verify
 from moe.convert import hf_writer, shards
 from moe.convert.check import check
 from moe.convert.export_hf import export_hf
@@ -131,3 +132,69 @@ def test_nonsense_in_a_config_is_one_sentence(tmp_path: Path, key: str, value: o
     (folder / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(InputError, match=words):
         import_hf(folder, tmp_path / "ours", check_logits=False, note=str)
+
+
+TEXT_FILES = {
+    "tokenizer.json": b'{"version": "1.0", "model": {"vocab": {"\xc3\xa9": 0}}}\r\n',
+    "tokenizer_config.json": b'{"chat_template": "{{ messages }}", "auto_map": {"AutoTokenizer": "a.py"}}',
+    "special_tokens_map.json": b'{"eos_token": "</s>"}',
+    "generation_config.json": b'{"eos_token_id": 2}',
+    "chat_template.jinja": b"{% for m in messages %}{{ m }}{% endfor %}",
+    "tokenizer.model": bytes(range(256)),
+}
+
+
+def test_tokenizer_comes_along_byte_for_byte_and_code_does_not(tmp_path: Path) -> None:
+    folder = save_model(make_model("mixtral", "odd", seed=0), tmp_path / "hf")
+    for name, content in TEXT_FILES.items():
+        (folder / name).write_bytes(content)
+    (folder / "a.py").write_text("raise SystemExit")
+    back = round_trip(folder, tmp_path, check_logits=False)
+    assert {name: (back / name).read_bytes() for name in TEXT_FILES} == TEXT_FILES
+    assert {path.name for path in back.iterdir()} == {"config.json", "model.safetensors", *TEXT_FILES}
+    assert {entry.name for entry in verify(tmp_path / "ours").files} >= TEXT_FILES.keys()
+
+
+def test_export_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    folder = save_model(make_model("mixtral", "odd", seed=0), tmp_path / "hf")
+    import_hf(folder, tmp_path / "ours", check_logits=False, note=str)
+    notes: list[str] = []
+    export_hf(tmp_path / "ours", tmp_path / "back", family=None, check_logits=False, note=notes.append)
+    assert any("the checkpoint has no tokenizer" in note for note in notes)
+
+
+@pytest.mark.parametrize("target", ["../secret", "/etc/hostname", "../missing", "."])
+def test_tokenizer_that_is_no_file_of_the_folder_is_refused(tmp_path: Path, target: str) -> None:
+    folder = save_model(make_model("mixtral", "odd", seed=0), tmp_path / "hf")
+    (tmp_path / "secret").write_text("{}")
+    (folder / "tokenizer.json").symlink_to(target)
+    with pytest.raises(
+        InputError, match=r"tokenizer\.json is (a link to .*, outside the folder|no plain file)"
+    ):
+        import_hf(folder, tmp_path / "ours", check_logits=False, note=str)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    """There every file of a snapshot is a link to a blob, two folders up."""
+    folder = save_model(
+        make_model("mixtral", "odd", seed=0), tmp_path / "models--a--b" / "snapshots" / "0f3c"
+    )
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    for path in list(folder.iterdir()):
+        path.rename(blobs / f"hash-of-{path.name}")
+        path.symlink_to(Path("../../blobs") / f"hash-of-{path.name}")
+    back = round_trip(folder, tmp_path, check_logits=False)
+    assert (back / "tokenizer.json").read_text() == "{}"
+    assert not (back / "tokenizer.json").is_symlink()
+
+
+def test_rotary_frequencies_of_old_folders_are_left_out(tmp_path: Path) -> None:
+    folder = save_model(make_model("mixtral", "odd", seed=0), tmp_path / "hf")
+    tensors = tensors_of(folder)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**tensors, name: torch.ones(3)}, folder / "model.safetensors")
+    back = round_trip(folder, tmp_path, check_logits=False)
+    assert same_bytes(tensors, tensors_of(back)) == []

@@ -21,8 +21,7 @@ FAMILIES = ("deepseek_v3", "glm4_moe")
 COEFF = 0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("with_copies", [True, False])
+@pytest.mark.parametrize(("family", "with_copies"), [("deepseek_v3", True), ("glm4_moe", False)])
 def test_every_tensor_comes_back(tmp_path: Path, family: str, with_copies: bool) -> None:
     model = make_model(family, "odd", seed=0)
     folder = save_model(model, tmp_path / "hf")

@@ -15,8 +15,8 @@ from checkpoint_tensors import assert_bit_equal, tensors
 from ranks_pool import RankPool
 
 from moe.config import RunConfig, load_config
-from moe.metering.flops import params_total
-from moe.metering.model_shape import model_shape
+from moe.counts.counts import params_total
+from moe.counts.shape import shape_of
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SIZES = (
@@ -174,7 +174,7 @@ def test_loss_falls_and_counts_add_up(pool: RankPool) -> None:
 
 @pytest.mark.parametrize("model", [(), MLA, ("model.tie_embeddings=true",)], ids=["gqa", "mla", "tied"])
 def test_parameters_are_those_of_the_closed_form(pool: RankPool, model: tuple[str, ...]) -> None:
-    expected = params_total(model_shape(config_of(model, 1).model))
+    expected = params_total(shape_of(config_of(model, 1).model))
     assert trained(pool, 1, model, 0)["params_total"] == expected
     assert trained(pool, 2, (*model, "parallel.pp=2"), 0)["params_total"] == expected
 
@@ -226,7 +226,7 @@ def diverge(weight: str) -> str:
     engine = MegatronEngine(config)
     try:
         with torch.no_grad():
-            engine.model.get_parameter(weight).fill_(float("nan"))
+            engine.models[0].get_parameter(weight).fill_(float("nan"))
         engine.train_step(batches(config, 0, 0, 1), lr=1e-3)
     except TrainingDivergedError as error:
         return str(error)

@@ -22,7 +22,7 @@ from moe.layer import (
     MoELayer,
     Routing,
 )
-from moe.layer.dispatch import all_to_all_rows
+from moe.layer.all_to_all import all_to_all_rows
 
 D, F, E, K = 16, 24, 8, 2
 CONFIG = MoEConfig(hidden_size=D, num_experts=E, top_k=K, expert_hidden_size=F)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -132,3 +133,12 @@ def test_the_global_balance_loss_is_the_mean_over_ranks_of_one_batch(start_ranks
 def test_every_problem_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         replace(PLAIN, **settings)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 5, 7), (1, 2, 5, 8)])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_an_input_of_another_shape_is_named(shape, batch_first):
+    config = MoEConfig(hidden_size=8, num_experts=4, top_k=2, expert_hidden_size=4, batch_first=batch_first)
+    axes = "batch, sequence" if batch_first else "sequence, batch"
+    with pytest.raises(ValueError, match=re.escape(f"[{axes}, hidden_size=8], it is {list(shape)}")):
+        MoELayer(config)(torch.zeros(shape))

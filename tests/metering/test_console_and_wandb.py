@@ -28,6 +28,9 @@ RECORD = {
     "tokens_per_s": 12345.6,
     "expert_load_max_over_mean": 1.4,
     "energy_j": 100.0,
+    "tokens_per_j": 40.96,
+    "energy_source": "estimated",
+    "energy_validity": "unchecked",
     "power_w": 31.2,
 }
 
@@ -52,6 +55,10 @@ def test_status_line_calls_an_estimate_an_estimate() -> None:
     measured = status_line(RECORD, eta_s=151.4, estimated=False)
     assert "  31 W  41 tokens/J  " in measured
     assert "est" not in measured
+    invalid = status_line(
+        RECORD | {"energy_validity": "invalid", "tokens_per_j": None}, eta_s=1, estimated=False
+    )
+    assert invalid.endswith("31 W  ENERGY INVALID  ETA 0:00:01")
 
 
 def test_status_line_leaves_out_what_was_not_measured() -> None:
@@ -72,13 +79,18 @@ def test_plain_lines_at_the_interval_and_never_markup_or_escape(make_report: Mak
 
 
 def test_summary_labels_energy(make_report: MakeReport) -> None:
-    assert "~100 J est.  41 tokens/J (estimated)  boundary node" in show(terminal=False, report=make_report())
+    estimate = show(terminal=False, report=make_report())
+    assert "~100 J est.  41 tokens/J (estimated)  boundary node  unchecked" in estimate
+    assert "80.0% of the joules in steps that count, over 3 start(s)" in estimate
     measured = show(terminal=False, estimated=False, report=make_report(energy={"source": "rapl"}))
     assert "100 J  41 tokens/J  boundary node" in measured
     assert "estimated" not in measured
-    assert "energy unknown" in show(
-        terminal=False, report=make_report(energy={"total_j": None}, tokens_per_j=None)
-    )
+    failed = {"total_j": None, "validity": "invalid"}
+    assert "energy unknown" in show(terminal=False, report=make_report(energy=failed, tokens_per_j=None))
+    invalid = {"source": "rapl", "validity": "invalid", "validity_detail": "two figures"}
+    text = show(terminal=False, estimated=False, report=make_report(energy=invalid, tokens_per_j=None))
+    assert "100 J  boundary node  INVALID, not to be quoted: two figures" in text
+    assert "tokens/J" not in text.splitlines()[-2]
 
 
 def test_terminal_shows_a_live_bar() -> None:

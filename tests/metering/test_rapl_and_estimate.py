@@ -53,7 +53,11 @@ def test_rapl_sums_packages_and_memory_once(powercap: Path) -> None:
     set_uj(powercap, "intel-rapl:0", 1_000_000 + 5_000_000)
     set_uj(powercap, "intel-rapl:0:1", 2_000_000 + 1_500_000)
     set_uj(powercap, "intel-rapl:1", 250_000)
-    assert meter.read().energy_j == pytest.approx(6.75)
+    reading = meter.read()
+    assert reading.energy_j == pytest.approx(6.75)
+    assert meter.devices == ("intel-rapl:0", "intel-rapl:0:1", "intel-rapl:1")
+    assert reading.device_j == pytest.approx((5.0, 1.5, 0.25))
+    assert meter.audit().validity == "unchecked"
     assert (meter.source, meter.boundary, meter.idle_w) == ("rapl", "cpu_package_dram", None)
     meter.close()
 
@@ -82,9 +86,12 @@ def test_rapl_counter_standing_still_or_gone_raises(tmp_path: Path) -> None:
     now_s[0] += 3.0
     with pytest.raises(EnergyMeterError, match=r"intel-rapl:0.*stands at 5 uJ since 3\.0 s"):
         meter.read()
+    meter.close()
+    meter = RaplMeter(tmp_path)
     (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
     with pytest.raises(EnergyMeterError, match="energy_uj cannot be read"):
         meter.read()
+    assert meter.audit().validity == "invalid"
     meter.close()
 
 
@@ -192,7 +199,13 @@ def test_auto_never_leaves_out_gpus(powercap: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("nvml", "at least one GPU"), ("rapl", "no RAPL"), ("watts", "'watts'.*auto, nvml, rapl or estimate")],
+    [
+        ("nvml", "at least one GPU"),
+        ("amd", "amdsmi"),
+        ("rapl", "no RAPL"),
+        ("command", r"energy\.node_command"),
+        ("watts", "'watts'.*auto, nvml, amd, rapl, command, estimate"),
+    ],
 )
 def test_named_meter_that_cannot_run_is_refused(tmp_path: Path, kind: str, message: str) -> None:
     with pytest.raises(InputError, match=message):

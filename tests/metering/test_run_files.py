@@ -76,11 +76,14 @@ def test_report_round_trip_has_the_fixed_fields(tmp_path: Path, make_report: Mak
     raw = json.loads((tmp_path / "report.json").read_text())
     fixed = (
         "run commit steps tokens params_total params_active flops_per_token loss_first loss_last "
-        "heldout_loss heldout_bits_per_byte tokens_per_s wall_s layout engine device energy tokens_per_j"
+        "heldout_loss heldout_bits_per_byte tokens_per_s wall_s layout engine device energy tokens_per_j "
+        "campaign"
     )
     assert list(raw) == ["schema_version", *fixed.split()]
     assert list(raw["layout"]) == ["tp", "pp", "ep", "cp", "dp"]
-    assert set(raw["energy"]) == {"source", "boundary", "description", "total_j", "idle_w"}
+    energy = "source boundary description total_j idle_w validity validity_detail cross_check spread levels"
+    assert list(raw["energy"]) == energy.split()
+    assert list(raw["campaign"]) == ["starts", "campaign_j", "useful_j", "goodput"]
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
@@ -124,15 +127,14 @@ def test_plot_run_leaves_out_what_was_not_recorded(tmp_path: Path) -> None:
     assert [path.name for path in plot_run(tmp_path)] == ["loss.png"]
 
 
-def test_power_plot_says_when_energy_is_an_estimate(tmp_path: Path, make_report: MakeReport) -> None:
+def test_power_plot_says_when_energy_is_an_estimate() -> None:
     from moe.metering.plots import _energy_label
 
-    assert "unknown" in _energy_label(tmp_path)
-    write_report(tmp_path / "report.json", make_report())
-    assert _energy_label(tmp_path) == "ESTIMATED from a power model, boundary: node"
-    measured = {"source": "nvml_counter", "boundary": "gpu"}
-    write_report(tmp_path / "report.json", make_report(energy=measured))
-    assert _energy_label(tmp_path) == "measured (nvml_counter), boundary: gpu"
+    assert _energy_label({}) == "source unknown"
+    record = {"energy_source": "estimated", "energy_boundary": "node", "energy_validity": "unchecked"}
+    assert _energy_label(record) == "ESTIMATED from a power model, boundary: node"
+    record = {"energy_source": "nvml_counter", "energy_boundary": "gpu", "energy_validity": "invalid"}
+    assert _energy_label(record) == "measured (nvml_counter, invalid), boundary: gpu"
 
 
 def test_power_plot_time_is_energy_over_power() -> None:

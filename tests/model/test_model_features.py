@@ -11,8 +11,8 @@ import torch
 from ranks_pool import RankPool
 
 from moe.config import RunConfig, load_config
-from moe.metering.flops import params_total
-from moe.metering.model_shape import model_shape
+from moe.counts.counts import params_total
+from moe.counts.shape import shape_of
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SMALL = (
@@ -58,7 +58,7 @@ def test_closed_form_counts_what_is_built(feature: str) -> None:
     config = config_of(*FEATURES[feature])
     shapes = tensor_shapes(config)
     built = sum(math.prod(shape) for key, shape in shapes.items() if not key.endswith("bias_E"))
-    assert params_total(model_shape(config.model)) == built
+    assert params_total(shape_of(config.model)) == built
 
 
 def train_with_predictions() -> tuple[list[float], list[float], dict[int, float], int]:

@@ -30,10 +30,11 @@ def planned(overrides: tuple[str, ...], gpus: int = 1) -> Job:
 def engine_bytes(overrides: tuple[str, ...]) -> dict[str, int]:
     """What torch holds after a step, and what a forward pass saves for the backward pass."""
     from moe.engine.megatron import MegatronEngine
+    from moe.engine.megatron_optimizer import parts_of
 
     config = load_config(QUICKSTART, overrides)
     engine = MegatronEngine(config)
-    parameters = list(engine.ddp.parameters())
+    parameters = list(engine.ddps[0].parameters())
     known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     saved: dict[int, torch.UntypedStorage] = {}  # storages stay alive, so no address comes twice
 
@@ -46,11 +47,11 @@ def engine_bytes(overrides: tuple[str, ...]) -> dict[str, int]:
     batch = random_batch(config)
     engine.train_step(iter([batch] * engine.num_microbatches), lr=1e-3)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output, _ = engine._forward_step(iter([batch]), engine.ddp)
-    states = [state for one in engine._optimizers() for state in one.optimizer.state.values()]
+        output, _ = engine._forward_step(iter([batch]), engine.ddps[0])
+    states = [state for one in parts_of(engine.optimizer) for state in one.optimizer.state.values()]
     tensors = [t for state in states for t in state.values() if torch.is_tensor(t) and t.dim() > 0]
     # A main parameter is a view of the model's own in fp32, another tensor in bf16.
-    mains = [p for one in engine._optimizers() for g in one.optimizer.param_groups for p in g["params"]]
+    mains = [p for one in parts_of(engine.optimizer) for g in one.optimizer.param_groups for p in g["params"]]
     tensors += [p for p in mains if p.untyped_storage().data_ptr() not in known]
     del output
     found = {
@@ -80,7 +81,7 @@ def rank_params(overrides: tuple[str, ...], num_ranks: int) -> tuple[int, int]:
     from moe.engine.megatron import MegatronEngine
 
     engine = MegatronEngine(load_config(QUICKSTART, overrides, world_size=num_ranks))
-    named = list(engine.ddp.named_parameters())
+    named = list(engine.ddps[0].named_parameters())
     engine.close()
     experts = sum(parameter.numel() for name, parameter in named if ".experts." in name)
     return sum(parameter.numel() for _, parameter in named) - experts, experts
@@ -126,21 +127,20 @@ def test_engine_holds_what_was_planned(pool: RankPool, overrides: tuple[str, ...
     ids=" ".join,
 )
 def test_every_rank_holds_as_many_numbers_as_planned(pool: RankPool, layout: tuple[str, ...]) -> None:
-    split = ("plan.stage_layers=[2,2]",) if "parallel.pp=2" in layout else ()
-    job = planned((*layout, *split, "train.micro_batch_size=1"), 4)
+    job = planned((*layout, "train.micro_batch_size=1"), 4)
     found = pool.run(rank_params, (*layout, "train.micro_batch_size=1"), 4, num_ranks=4)
     stages = [held_params(job, stage) for stage in stages_of(job)]
     assert [tuple(one) for one in found] == [stage for stage in stages for _ in range(4 // len(stages))]
 
 
 def test_pipeline_holds_more_at_its_start() -> None:
-    job = planned(("parallel.pp=4", "train.micro_batch_size=1", "plan.stage_layers=[1,1,1,1]"), 4)
+    job = planned(("parallel.pp=4", "train.micro_batch_size=1", "parallel.stage_layers=[1,1,1,1]"), 4)
     assert [in_flight(job, stage) for stage in stages_of(job)] == [4, 3, 2, 1]
 
 
 def test_interleaved_pipeline_warms_up_more_chunks() -> None:
     config = load_plan_config(
-        published_config("qwen3_235b_a22b"), ("parallel.pp=4", "plan.vpp=2", "parallel.ep=8")
+        published_config("qwen3_235b_a22b"), ("parallel.pp=4", "parallel.vpp=2", "parallel.ep=8")
     )
     job = make_job(config, 32, find_gpu("b200"))
     # 2 (pp - i - 1) + (v - 1) pp + 1 chunks, of which two are a whole micro-batch.

@@ -126,10 +126,16 @@ def test_chosen_layout_is_one_that_training_accepts() -> None:
     assert load_config(QUICKSTART, chosen, world_size=8).parallel.ep == values["layout"]["ep"]
 
 
-def test_layout_that_training_refuses_is_named() -> None:
+def test_training_takes_the_layout_that_is_found_even_for_61_layers() -> None:
     values = planned(KIMI, gpus=4096, gpu="h100", search=True)
-    if values["layout"]["pp"] > 1:  # 61 layers are a prime number of them
-        assert any("model.num_layers=61" in reason for reason in values["search"]["refused_by_train"])
+    assert values["layout"]["pp"] > 1
+    assert values["search"]["refused_by_train"] == []
+
+
+def test_layout_that_training_refuses_is_named() -> None:
+    values = planned(KIMI, "train.eval_sequences=100", gpus=4096, gpu="h100", search=True)
+    (reason,) = values["search"]["refused_by_train"]
+    assert "train.eval_sequences=100" in reason
 
 
 def test_what_cannot_fit_says_by_how_many_bytes() -> None:
@@ -170,11 +176,24 @@ def test_site_limits_gpus_by_power() -> None:
 
 def test_site_file_is_checked(tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
-    path.write_text("name: Here\npue: 0.9\n")
-    with pytest.raises(InputError, match="greater than or equal to 1"):
+    path.write_text("name: Here\npue: {value: 0.9, source: ours}\nyen_per_kwh: 12\n")
+    with pytest.raises(
+        InputError, match=r"pue.value: .*greater than or equal to 1; yen_per_kwh: got 12; a figure"
+    ):
         load_site(str(path))
-    path.write_text("name: Here\npower_w: 1e6\n")
+    path.write_text("name: Here\npower_w: {value: 1e6, source: ours}\n")
     assert load_site(str(path)).power_w == 1e6
+
+
+def test_site_without_a_figure_is_planned_with_an_assumption_that_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("name: Here\npue: {value: 1.1, source: our meters of 2026}\nyen_per_kwh: unknown\n")
+    site = load_site(str(path))
+    assert (site.pue, site.yen_per_kwh) == (1.1, Site().yen_per_kwh)
+    assert site.assumed == ("grid_g_per_kwh", "yen_per_kwh", "yen_per_gpu_hour")
+    request = Request(config=QUICKSTART, overrides=(), gpus=2, gpu="h100", site=str(path))
+    text = run_request(request, as_object=False)
+    assert "grid_g_per_kwh, yen_per_kwh, yen_per_gpu_hour" in text
 
 
 def test_machine_file_changes_what_it_names(tmp_path: Path) -> None:

@@ -112,6 +112,12 @@ def test_a_plan_depends_on_sizes_and_never_on_a_name() -> None:
         "precision",
         "expert_precision",
         "plan",
+        "stage_layers",
+        "recompute",
+        "zero",
+        "overlap_grads",
+        "overlap_params",
+        "muon",
     }
     assert "name" not in PlanSection.model_fields
 

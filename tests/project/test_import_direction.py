@@ -18,14 +18,15 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"errors"},
     {"config", "durable", "quiet", "ranks"},
-    {"kernels"},
+    {"kernels", "optim", "counts"},
     {"layer", "transformers_backend"},
     {"moe"},  # the package itself, which may offer the layer
     {"model"},
     {"engine", "checkpoint", "metering", "data"},
     {"train", "launch", "planner", "convert"},
+    {"energy"},
     {"cli_shared"},
-    {"cli_convert", "cli_data", "cli_launch"},
+    {"cli_convert", "cli_data", "cli_energy", "cli_launch"},
     {"cli"},
     {"__main__"},
 )
@@ -37,14 +38,24 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 PLACES = {
     "megatron": (
         "moe.model",
+        "moe.engine.deepspeed",
+        "moe.engine.deepspeed_groups",
+        "moe.engine.deepspeed_state",
         "moe.engine.megatron",
         "moe.engine.megatron_optimizer",
+        "moe.engine.megatron_state",
+        "moe.engine.mtp_loss",
         "moe.engine.one_rank",
         "moe.engine.without_cuda",
         "moe.data.dataset",
         "moe.checkpoint",
     ),
-    "deepspeed": ("moe.engine.deepspeed",),
+    "deepspeed": (
+        "moe.engine.deepspeed",
+        "moe.engine.deepspeed_dtypes",
+        "moe.engine.deepspeed_groups",
+        "moe.engine.deepspeed_settings",
+    ),
     "wandb": ("moe.metering.sinks",),
     "transformers": ("moe.transformers_backend", "moe.convert"),
     "triton": ("moe.kernels",),

@@ -8,10 +8,21 @@ import pytest
 from train_runs import losses, metrics, run, train_command
 
 LAYOUTS = {
-    "ep2": (2, ("parallel.ep=2",)),
+    "cp2 ep2, overlapped": (
+        2,
+        (
+            "parallel.cp=2",
+            "parallel.ep=2",
+            "parallel.overlap_grad_reduce=true",
+            "parallel.overlap_param_gather=true",
+        ),
+    ),
     "tp2": (2, ("parallel.tp=2",)),
     "tp2 ep2": (4, ("parallel.tp=2", "parallel.ep=2")),
-    "pp2 ep2": (4, ("parallel.pp=2", "parallel.ep=2")),
+    "pp2 vpp2 ep2, recomputed": (
+        4,
+        ("parallel.pp=2", "parallel.vpp=2", "parallel.ep=2", "train.recompute=full"),
+    ),
 }
 
 

@@ -10,9 +10,9 @@ import pytest
 from train_runs import command, environment, metrics, run, train_command
 
 from moe.config import load_config
+from moe.counts.counts import flops_per_token, params_active, params_total
+from moe.counts.shape import shape_of
 from moe.data.indexed import bin_path
-from moe.metering.flops import flops_per_token, params_active, params_total
-from moe.metering.model_shape import model_shape
 
 METRIC_FIELDS = {
     "step",
@@ -50,7 +50,7 @@ REPORT_FIELDS = {
 def test_report_says_what_was_done(reference_run: Path) -> None:
     report = json.loads((reference_run / "report.json").read_text())
     config = load_config(reference_run / "config.yaml")
-    shape = model_shape(config.model)
+    shape = shape_of(config.model)
     assert report.keys() >= REPORT_FIELDS
     assert report["steps"] == 20
     assert report["tokens"] == 20 * 8 * 64
@@ -103,13 +103,32 @@ def own_text_overrides(folder: Path) -> list[str]:
 
 
 def test_own_text_trains_and_the_tracker_stays_offline(own_text: Path, tmp_path: Path) -> None:
-    overrides = [*own_text_overrides(own_text), "tracking.wandb=offline"]
+    overrides = [*own_text_overrides(own_text), "tracking.wandb=offline", "energy.meter=estimate"]
     output = run(train_command(tmp_path / "run", *overrides))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     # One byte a token, so a loss in nats is the same in bits per byte.
     assert report["heldout_bits_per_byte"] == pytest.approx(report["heldout_loss"] / 0.6931472, rel=1e-2)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
-    assert report["energy"]["source"] != "estimated" or "(estimated)" in output
+    assert_called_an_estimate(tmp_path / "run", output)
+
+
+def assert_called_an_estimate(run_dir: Path, output: str) -> None:
+    """An estimate must be called one wherever a figure of energy appears."""
+    progress = [line for line in output.splitlines() if line.startswith("step") and "loss" in line]
+    assert all("W est." in line and "tokens/J (estimated)" in line for line in progress if "tokens/s" in line)
+    assert "energy: estimated, not measured" in output
+    assert "J est." in output
+    assert {record["energy_source"] for record in metrics(run_dir)} == {"estimated"}
+    energy = json.loads((run_dir / "report.json").read_text())["energy"]
+    assert (energy["source"], energy["levels"][0]["basis"]) == ("estimated", "estimated")
+    assert {level["basis"] for level in energy["levels"]} <= {"estimated", "unknown"}
+    assert "estimate" in energy["validity_detail"]
+    assert b"ESTIMATED" in (run_dir / "plots" / "power.png").read_bytes()
+    (tracked,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    assert b"energy_source" in tracked.read_bytes()
+    assert b"estimated" in tracked.read_bytes()
+    lines = (run_dir / "energy.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["source"] == "estimated" for line in lines)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "id beyond the vocabulary"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moe.convert.families.base import Family, HfConfig
 from moe.convert.families.deepseek_v3 import DEEPSEEK_V3
+from moe.convert.families.dense import DENSE_FAMILIES
 from moe.convert.families.glm4_moe import GLM4_MOE
 from moe.convert.families.gpt_oss import GPT_OSS
 from moe.convert.families.mixtral import MIXTRAL
@@ -23,7 +24,8 @@ def family_named(name: str) -> Family:
         InputError: there is none.
     """
     if name not in FAMILIES:
-        raise InputError(f"the family {name!r} cannot be converted; allowed: {', '.join(FAMILIES)}")
+        remedy = "; it is dense: moe convert upcycle takes it" if name in DENSE_FAMILIES else ""
+        raise InputError(f"the family {name!r} cannot be converted; allowed: {', '.join(FAMILIES)}{remedy}")
     return FAMILIES[name]
 
 

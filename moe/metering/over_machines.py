@@ -1,0 +1,61 @@
+"""What the meters of several machines say together, for the report of one job."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from moe.metering.boundaries import Level
+from moe.metering.energy import Audit
+from moe.metering.report import CrossCheck, Spread
+
+
+def node_level(description: str | None, audits: Sequence[Audit], node_j: float) -> Level | None:
+    """The level of whole machines; None if no instrument measures them.
+
+    Args:
+        description: Of the instruments.
+        audits: Of each of them.
+        node_j: Their joules over all starts; NaN where unknown.
+    """
+    if description is None:
+        return None
+    invalid = [audit.detail for audit in audits if audit.validity == "invalid"]
+    if invalid or not math.isfinite(node_j):
+        why = invalid[0] if invalid else "it failed, or an earlier start had none"
+        return Level(boundary="node", basis="unknown", source=f"unknown: {description}: {why}", energy_j=None)
+    return Level(boundary="node", basis="measured", source=description, energy_j=node_j)
+
+
+def sum_of_checks(audits: Sequence[Audit]) -> CrossCheck | None:
+    """Both instruments over all machines; None where one has no second instrument."""
+    counters_j = [audit.counter_j for audit in audits if audit.counter_j is not None]
+    traces_j = [audit.trace_j for audit in audits if audit.trace_j is not None]
+    if not audits or len(counters_j) < len(audits) or len(traces_j) < len(audits):
+        return None
+    window_s = min(audit.window_s for audit in audits)
+    return CrossCheck(counter_j=sum(counters_j), trace_j=sum(traces_j), window_s=window_s)
+
+
+def spread_of(devices: Sequence[Sequence[str]], joules: Sequence[Sequence[float]]) -> Spread | None:
+    """How unequal the devices of all machines are; None where one tells none apart or its meter failed.
+
+    Args:
+        devices: Names, by machine.
+        joules: Of each of them, in the same order.
+    """
+    names = [name for of_machine in devices for name in of_machine]
+    energies_j = [energy_j for of_machine in joules for energy_j in of_machine]
+    if not names or len(names) != len(energies_j):
+        return None
+    by_name = list(zip(energies_j, names, strict=True))
+    (min_j, min_device), (max_j, max_device) = min(by_name), max(by_name)
+    return Spread(
+        devices=len(by_name),
+        min_j=min_j,
+        median_j=statistics.median(energies_j),
+        max_j=max_j,
+        min_device=min_device,
+        max_device=max_device,
+    )
