@@ -1,7 +1,7 @@
-"""The README's part about speed, made from the result files: nothing in it is typed by hand.
+"""The README's parts about speed and layouts, made from the result files: nothing in them is typed by hand.
 
-python -m benchmarks.readme_table            prints it
-python -m benchmarks.readme_table --write    replaces it in README.md
+python -m benchmarks.readme_table            prints them
+python -m benchmarks.readme_table --write    replaces them in README.md
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import BAD_INPUT, progress
+from benchmarks.layout_table import layouts
 from moe.durable import write_atomically
 
 ROOT = Path(__file__).parents[1]
 COMPILED = "compiled-kernels.json"
-BEGIN, END = "<!-- python -m benchmarks.readme_table --write -->", "<!-- end -->"
 NO_GPU = (
     "No GPU has run this yet, so there is no figure for one; `scripts/gpu_suite.sh` makes the file that "
     "fills this place."
@@ -47,35 +47,51 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="replace it in README.md")
+    parser.add_argument("--write", action="store_true", help="replace them in README.md")
     args = parser.parse_args()
-    text = section(ROOT / "benchmarks" / "results")
+    readme, results = ROOT / "README.md", ROOT / "benchmarks" / "results"
     if not args.write:
-        print(text)
+        print("\n\n".join(make(results) for make in SECTIONS.values()))
         return 0
-    readme = ROOT / "README.md"
     try:
-        write_atomically(readme, replaced(readme.read_text(encoding="utf-8"), text))
+        write_atomically(readme, rewritten(readme.read_text(encoding="utf-8"), results))
     except ValueError as error:
         progress(str(error))
         return BAD_INPUT
     return 0
 
 
-def replaced(readme: str, text: str) -> str:
-    """The README with the text between its two marks.
+def rewritten(readme: str, results: Path) -> str:
+    """The README with every generated part made anew.
+
+    Raises:
+        ValueError: as `replaced`.
+    """
+    for name, make in SECTIONS.items():
+        readme = replaced(readme, name, make(results))
+    return readme
+
+
+def replaced(readme: str, name: str, text: str) -> str:
+    """The README with the text between the two marks of a part.
 
     Raises:
         ValueError: it does not have each mark once, in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = marks(name)
+    before, begin, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"README.md needs the lines {BEGIN!r} and {END!r} around the generated part")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+        raise ValueError(f"README.md needs the lines {first!r} and {last!r} around the generated part")
+    return f"{before}{first}\n{text}\n{last}{after}"
 
 
-def section(results: Path) -> str:
+def marks(name: str) -> tuple[str, str]:
+    """Lines of the README before and after a generated part."""
+    return f"<!-- {name}: python -m benchmarks.readme_table --write -->", f"<!-- end of {name} -->"
+
+
+def speed(results: Path) -> str:
     """What the result files say: how kernels compile, the layer's speed on CPUs, then on each GPU."""
     blocks = [compiled_block(path) for path in results.glob(COMPILED)]
     blocks += [cpu_block(path) for path in sorted(results.glob("*-cpu-moe-layer*.json"))]
@@ -181,6 +197,9 @@ def _line(cells: Sequence[str]) -> str:
 
 def _cell(value: float | None, scale: float, form: str) -> str:
     return "" if value is None else form.format(value * scale)
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {"layouts": layouts, "speed": speed}
 
 
 if __name__ == "__main__":

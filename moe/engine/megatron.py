@@ -320,8 +320,8 @@ class MegatronEngine:
     def close(self) -> None:
         """See Engine. Afterwards the model's memory is free as soon as nobody holds the engine."""
         for model, ddp in zip(self.models, self.ddps, strict=True):
-            # Autograd's hooks hold the model, and the optimizer's views of fp32 weights hold the hooks: a cycle
-            # through C++, which Python's collector does not see.
+            # Autograd's hooks hold the model, and the optimizer's views of fp32 weights hold the hooks: a
+            # cycle through C++, which Python's collector does not see.
             model.config.grad_scale_func = None
             ddp.grad_accs.clear()
             for parameter in ddp.parameters():

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.readme_table import replaced, section
+from benchmarks.readme_table import rewritten
 from moe.config import RunConfig, load_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -53,9 +53,9 @@ def test_errors_of_the_planner_are_those_of_the_result_file():
     assert sentence in README
 
 
-def test_speed_tables_are_those_of_the_result_files():
+def test_generated_tables_are_those_of_the_result_files():
     # python -m benchmarks.readme_table --write
-    assert replaced(README, section(RESULTS)) == README
+    assert rewritten(README, RESULTS) == README
 
 
 def examples() -> list[dict]:
