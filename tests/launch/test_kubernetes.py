@@ -119,6 +119,14 @@ def documents(*overrides: str, **arguments: Any) -> tuple[dict[str, Any], dict[s
 
 
 @pytest.mark.parametrize(("gpu", "nodes"), [("h100", 64), ("b200", 32)])
+def test_the_trillion_fits_the_schema(gpu: str, nodes: int) -> None:
+    recipe = RECIPE.with_name(f"sovereign-1t-a32b-{gpu}.yaml")
+    config_map, train_job = documents(IMAGE, nodes=nodes, config=recipe)
+    assert list(problems(train_job, TRAIN_JOB)) == []
+    assert list(problems(config_map, CONFIG_MAP)) == []
+
+
+@pytest.mark.parametrize(("gpu", "nodes"), [("h100", 64), ("b200", 32)])
 def test_large_job_fits_the_schema(gpu: str, nodes: int) -> None:
     config_map, train_job = documents(
         IMAGE,

@@ -139,6 +139,13 @@ def test_submission_is_argv_with_slurms_percent_doubled(tmp_path: Path) -> None:
     assert shlex.split(shlex.join(made.submit)) == list(made.submit)
 
 
+@pytest.mark.parametrize("gpu", BIG)
+def test_script_of_the_trillion_passes_shellcheck(gpu: str, tmp_path: Path) -> None:
+    nodes, gpus = BIG[gpu]
+    recipe = RECIPE.with_name(f"sovereign-1t-a32b-{gpu}.yaml")
+    check(render(job(on="slurm", nodes=nodes, gpus_per_node=gpus, config=recipe)), tmp_path)
+
+
 def test_shellcheck_finds_a_planted_mistake(tmp_path: Path) -> None:
     shellcheck()
     with pytest.raises(AssertionError, match="SC2086"):
