@@ -1,6 +1,6 @@
 """A rank killed in any phase of a step: the job starts again by itself and ends bit-equal to a clean run.
 
-The fast cases are two ranks. The slow ones are the whole matrix, 4 ranks x 7 phases; with KILL_MATRIX_JSON
+The fast case has two ranks. The slow ones are the whole matrix, 4 ranks x 7 phases; with KILL_MATRIX_JSON
 set they write what happened to that file (benchmarks/results/kill-matrix.json is one).
 """
 
@@ -70,7 +70,9 @@ def check_recovery(output: str, rank: int, run_dir: Path, clean: Path) -> None:
     assert_bit_equal(last(run_dir), last(clean))
 
 
-@pytest.mark.parametrize(("phase", "rank"), [("all-to-all", 1), ("save", 0)])
+@pytest.mark.parametrize(
+    ("phase", "rank"), [("all-to-all", 1), pytest.param("save", 0, marks=pytest.mark.slow)]
+)
 def test_killed_rank_is_started_again_and_the_end_is_bit_equal(
     phase: str, rank: int, start: Start, clean_run: Path, tmp_path: Path
 ) -> None:

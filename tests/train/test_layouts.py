@@ -24,9 +24,13 @@ LAYOUTS = {
         ("parallel.pp=2", "parallel.vpp=2", "parallel.ep=2", "train.recompute=full"),
     ),
 }
+SLOW = ("tp2", "tp2 ep2")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# Four ranks take long to start; tests/engine/test_layout_matrix.py has more layouts in less time.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS]
+)
 def test_layout_gives_the_losses_of_one_rank(name: str, reference_run: Path, tmp_path: Path) -> None:
     nproc, overrides = LAYOUTS[name]
     run(train_command(tmp_path / "run", "train.steps=20", *overrides, nproc=nproc))

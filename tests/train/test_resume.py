@@ -47,7 +47,10 @@ def test_resume_in_the_same_layout_is_bit_equal(reference_run: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("nproc", "overrides"),
-    [(2, ["parallel.tp=2"]), (4, ["parallel.pp=2", "parallel.ep=2"])],
+    [
+        pytest.param(2, ["parallel.tp=2"], marks=pytest.mark.slow),
+        (4, ["parallel.pp=2", "parallel.ep=2"]),
+    ],
     ids=["to tp2", "to pp2 ep2"],
 )
 def test_resume_in_another_layout_goes_on_with_the_same_losses(
