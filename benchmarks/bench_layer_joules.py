@@ -3,7 +3,7 @@
 python -m benchmarks.bench_layer_joules --json out.json     needs a GPU, and runs for more than a minute
 
 The two take turns in windows of seconds, forward and backward. Exit code 1: counter and trace differ by more
-than 3 %, so the joules are not to be quoted.
+than 3 %, so the joules are not to be quoted, and there is no verdict.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from benchmarks.joules import open_meter, wait
 from benchmarks.problem import make_problem
 from benchmarks.shapes import SETS, Shape, parse_shape
 from benchmarks.variants import NotHereError, Runner, Variant, ours, ours_fp8
-from moe.metering.energy import EnergyMeter
+from moe.energy.steady_state import resolution
+from moe.metering.energy import Audit, EnergyMeter
 
 # Six windows last longer than the minute that counter and trace need to be compared (metering.cross_check).
 WINDOW_S = 10.5
+# The order of the turns: the numerator of the ratio first, as compare() needs it.
+MAKERS = {"fp8": ours_fp8, "bf16": ours}
 
 
 def main() -> int:
@@ -44,8 +48,8 @@ def main() -> int:
     require_device("cuda")
     problem = make_problem(args.shape, torch.bfloat16, "cuda")
     calls: dict[str, Callable[[], object]] = {}
-    for name, make in (("bf16", ours), ("fp8", ours_fp8)):
-        calls |= _call(name, lambda make=make: make(problem), problem)
+    for name, make in MAKERS.items():
+        calls |= _call(name, partial(make, problem), problem)
     with open_meter("cuda") as meter:
         if meter is None:
             return BAD_INPUT
@@ -80,27 +84,35 @@ def measure(
     Raises:
         EnergyMeterError: the meter gives no believable reading.
     """
-    for call in calls.values():
-        call()
+    turns = [name for name in MAKERS if name in calls]
+    for name in turns:
+        calls[name]()
     wait(device)
-    per_j: dict[str, list[float]] = {name: [] for name in calls}
+    per_j: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(pairs):
-        for name, call in calls.items():
-            count, joules = _window(meter, call, seconds=seconds, device=device)
+        for name in turns:
+            count, joules = _window(meter, calls[name], seconds=seconds, device=device)
             per_j[name].append(shape.T * count / joules)
-    both = pairs >= LEAST_PAIRS and set(per_j) == {"fp8", "bf16"}
+    audit = meter.audit()
+    both = pairs >= LEAST_PAIRS and turns == list(MAKERS)
     return {
         "benchmark": "layer joules",
         "shape": str(shape),
         "direction": "forward+backward",
         "tokens_per_j": per_j,
-        "fp8_over_bf16": asdict(compare(per_j["fp8"], per_j["bf16"])) if both else None,
+        "fp8_over_bf16": _compared(per_j, resolution(meter.source, seconds), audit) if both else None,
         "energy_source": meter.source,
         "boundary": meter.boundary,
         "meter": meter.description,
         "idle_w": meter.idle_w,
-        "audit": asdict(meter.audit()),
+        "audit": asdict(audit),
     }
+
+
+def _compared(per_j: Mapping[str, list[float]], finest: float, audit: Audit) -> dict[str, Any]:
+    """FP8 over bf16; inconclusive where the meter's instruments disagree."""
+    found = asdict(compare(per_j["fp8"], per_j["bf16"], resolution=finest))
+    return found | ({"verdict": "inconclusive"} if audit.validity == "invalid" else {})
 
 
 def _window(

@@ -86,6 +86,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--repeats and --forced-repeats are at least 0, --seeds at least 1")
     if not args.repeats and args.target_loss is None:
         parser.error("--repeats 0 leaves nothing to measure without --target-loss")
+    if args.power_caps and not args.repeats:
+        parser.error("--power-caps is for windows, and --repeats 0 leaves none")
     return args
 
 
@@ -155,7 +157,7 @@ def _windows(
     names = {case.role: case.name for case in cases}
     records: list[Record] = [leg for group in legs.values() for leg in group]
     records += [summarize(group, names[role]) for (role, _), group in legs.items()]
-    if "b" in names and legs:
+    if "b" in names and ("a", False) in legs:
         verdict = judge(legs["a", False], legs["b", False], (names["a"], names["b"]))
         records += [verdict] if verdict else []
     return records

@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.ab_statistics import mean_interval
+from benchmarks.ab_statistics import Verdict, mean_interval
 from benchmarks.tokens_per_joule_legs import Case, Session, energy_figure
 from benchmarks.tokens_per_joule_record import (
-    EnergyLabel,
     TargetLoss,
     TargetLossAgainst,
     TargetLossSummary,
     check,
 )
-from benchmarks.tokens_per_joule_summary import estimate
+from benchmarks.tokens_per_joule_summary import estimate, label
 from moe.energy.training_leg import train_watched
-from moe.metering.energy import VALIDITIES, EnergyMeterError
+from moe.metering.energy import EnergyMeterError
 
 
 class TargetWatch:
@@ -100,7 +99,7 @@ def summarize(found: Sequence[TargetLoss]) -> TargetLossSummary:
         target_loss=found[0].target_loss,
         seeds=len(found),
         reached=len(reached),
-        energy=_label(found),
+        energy=label(found),
         joules=joules,
     )
 
@@ -111,9 +110,11 @@ def judge(a: Sequence[TargetLoss], b: Sequence[TargetLoss]) -> TargetLossAgainst
         return None
     ratios = mean_interval([other.energy.joules / own.energy.joules for own, other in zip(a, b, strict=True)])
     assert ratios.low is not None and ratios.high is not None
-    energy = _label([*a, *b])
+    energy = label([*a, *b])
     real = energy.validity != "invalid"
-    verdict = "better" if real and ratios.low > 1 else "worse" if real and ratios.high < 1 else "inconclusive"
+    verdict: Verdict = "inconclusive"
+    if real and (ratios.low > 1 or ratios.high < 1):
+        verdict = "better" if ratios.low > 1 else "worse"
     return TargetLossAgainst(
         kind="target_loss_comparison",
         schema_version=1,
@@ -125,8 +126,3 @@ def judge(a: Sequence[TargetLoss], b: Sequence[TargetLoss]) -> TargetLossAgainst
         ratio=estimate(ratios, len(a)),
         verdict=verdict,
     )
-
-
-def _label(found: Sequence[TargetLoss]) -> EnergyLabel:
-    worst = max((each.energy.validity for each in found), key=VALIDITIES.index)
-    return EnergyLabel(source=found[0].energy.source, boundary=found[0].energy.boundary, validity=worst)

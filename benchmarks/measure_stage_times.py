@@ -55,9 +55,10 @@ class PassTimer:
 
         return timed
 
-    def median_s(self, passes_a_step: int) -> float:
-        """Of the passes after the warm-up."""
-        return statistics.median(self.seconds[passes_a_step * WARM_UP_STEPS :])
+    def median_step_s(self, passes_a_step: int) -> float:
+        """Of the steps after the warm-up, each the sum of its passes: chunks may be of different lengths."""
+        begins = range(passes_a_step * WARM_UP_STEPS, len(self.seconds), passes_a_step)
+        return statistics.median(sum(self.seconds[begin : begin + passes_a_step]) for begin in begins)
 
 
 class StepCount:
@@ -99,9 +100,11 @@ def measure(run_dir: Path) -> None:
         InputError: the run has one stage only.
     """
     config = load_config(run_dir / CONFIG_FILE, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    # One step more than is measured, for the last one evaluates.
+    # One step more than is measured, for the last one evaluates; no other may, its passes would count.
     steps = max(config.train.steps, WARM_UP_STEPS + MEASURED_STEPS + 1)
-    config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"steps": steps, "eval_interval": 0})}
+    )
     if config.parallel.pp < 2:
         raise InputError(
             f"{run_dir} has parallel.pp={config.parallel.pp}: only pipelines have stages that wait"
@@ -118,8 +121,8 @@ def measure(run_dir: Path) -> None:
         # A pass is one chunk of layers; a micro-batch passes through all chunks of a stage.
         own = (
             parallel_state.get_pipeline_model_parallel_rank(),
-            forward.median_s(passes) * parallel.vpp,
-            backward.median_s(passes) * parallel.vpp,
+            forward.median_step_s(passes) / microbatches,
+            backward.median_step_s(passes) / microbatches,
         )
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, own)

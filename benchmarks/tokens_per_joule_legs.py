@@ -7,7 +7,7 @@ import datetime
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.forced_balance import forced_balance
@@ -52,6 +52,13 @@ class Session:
     rule: Rule
     note: Callable[[str], None]
     rendezvous: Rendezvous
+    _noted: set[str] = field(default_factory=set, init=False)
+
+    def note_once(self, text: str) -> None:
+        """Note what holds for every leg, at the first of them."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self.note(text)
 
 
 def run_leg(
@@ -63,9 +70,9 @@ def run_leg(
         InputError: train.steps are over before the window is.
         EnergyMeterError: the meter failed.
     """
-    watch = _Watch(session.rule)
+    watch = _Watch(session)
     with forced_balance() if forced else contextlib.nullcontext():
-        trained = train_watched(case.config, watch.on, session.note)
+        trained = train_watched(_without_evaluations(case.config), watch.on, session.note)
     if trained is None:
         return None
     window = watch.steady.window
@@ -103,11 +110,18 @@ def run_leg(
     return record
 
 
+def _without_evaluations(config: RunConfig) -> RunConfig:
+    """The same training; an evaluation inside the window would cost time and joules without a token."""
+    train = config.train.model_copy(update={"eval_interval": 0})
+    return config.model_copy(update={"train": train})
+
+
 class _Watch:
     """The steady window, and the state of the GPUs as it ends, while they are under load."""
 
-    def __init__(self, rule: Rule) -> None:
-        self.steady = SteadyWindow(rule)
+    def __init__(self, session: Session) -> None:
+        self.steady = SteadyWindow(session.rule)
+        self._session = session
         self.states: list[GpuState] = []
         self._uuids: tuple[str, ...] = ()
 
@@ -118,8 +132,15 @@ class _Watch:
     def log(self, record: Mapping[str, Any]) -> None:
         self.steady.log(record)
         if self.done and self._uuids and not self.states:
+            self.states = self._read_states()
+
+    def _read_states(self) -> list[GpuState]:
+        try:
             with open_nvml() as nvml:
-                self.states = read_states(nvml, self._uuids)
+                return read_states(nvml, self._uuids)
+        except InputError as error:  # an AMD GPU, or a machine without pynvml: the joules are good without
+            self._session.note_once(f"settings of the GPUs are not read: {error}")
+            return []
 
     @property
     def done(self) -> bool:
@@ -154,15 +175,19 @@ def _efficiency(config: RunConfig, window: Window, trained: Trained) -> dict[str
 
 
 def energy_figure(trained: Trained, joules: float) -> dict[str, Any]:
-    """Joules with the labels of the meter that counted them."""
+    """Joules of a window, with the labels of the meter that counted them and what it saw of the whole leg."""
     energy = trained.energy
     return {
         "joules": joules,
         "source": energy.source,
         "boundary": energy.boundary,
         "validity": energy.validity,
+        "validity_detail": energy.validity_detail,
         "description": energy.description,
         "idle_w": energy.idle_w,
+        "cross_check": energy.cross_check,
+        "spread": energy.spread,
+        "levels": energy.levels,
     }
 
 

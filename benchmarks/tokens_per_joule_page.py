@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.ab_statistics import CONFIDENCE
-from benchmarks.tokens_per_joule_record import AgainstRecord, Leg, Record, Summary
+from benchmarks.tokens_per_joule_record import (
+    AgainstRecord,
+    Leg,
+    Record,
+    Summary,
+    TargetLossAgainst,
+)
 from benchmarks.tokens_per_joule_summary import METHOD
-from benchmarks.tokens_per_joule_text import as_text, interval, meaning
+from benchmarks.tokens_per_joule_text import as_text, capped, idle, interval, meaning
 from moe.durable import write_atomically
 
 if TYPE_CHECKING:
@@ -44,7 +50,7 @@ def page(records: Sequence[Record], picture: bytes) -> str:
     """The page, with the picture inside it."""
     legs = [record for record in records if isinstance(record, Leg)]
     summaries = [record for record in records if isinstance(record, Summary)]
-    verdicts = [record for record in records if isinstance(record, AgainstRecord)]
+    verdicts = [record for record in records if isinstance(record, AgainstRecord | TargetLossAgainst)]
     image = base64.b64encode(picture).decode()
     rows = "".join(_row(summary) for summary in summaries)
     said = "".join(f"<p class=verdict>{html.escape(_verdict(verdict))}</p>" for verdict in verdicts)
@@ -56,17 +62,16 @@ def page(records: Sequence[Record], picture: bytes) -> str:
         "<table><tr><th>config</th><th>routing</th><th>tokens/J</th><th>active-parameter tokens/J</th>"
         f"<th>model FLOP/J</th><th>energy</th></tr>{rows}</table>"
         f"<h2>All results</h2><pre>{html.escape(as_text(records))}</pre>"
-        f"<h2>Method</h2><p>Gross energy, idle power included. {html.escape(METHOD)}. Intervals are "
-        f"{CONFIDENCE:.0%}.</p></html>\n"
+        f"<h2>Method</h2><p>Gross energy, idle power ({idle(records)}) included. {html.escape(METHOD)}. "
+        f"Intervals are {CONFIDENCE:.0%}.</p></html>\n"
     )
 
 
 def _row(summary: Summary) -> str:
     routing = "forced balance: upper bound" if summary.is_upper_bound else "natural"
-    cap = "" if summary.power_cap_w is None else f", cap {summary.power_cap_w:g} W"
     cells = (
         f"{summary.role}: {summary.name}",
-        f"{routing}{cap}",
+        f"{routing}{capped(summary.power_cap_w)}",
         interval(summary.tokens_per_j),
         interval(summary.active_param_tokens_per_j),
         interval(summary.model_flop_per_j),
@@ -75,11 +80,14 @@ def _row(summary: Summary) -> str:
     return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
-def _verdict(record: AgainstRecord) -> str:
-    return (
-        f"{record.a} is {record.verdict.upper()} against {record.b}: "
-        f"{interval(record.ratio)} times its tokens/J ({meaning(record.energy)})"
-    )
+def _verdict(record: AgainstRecord | TargetLossAgainst) -> str:
+    said = f"{record.a} is {record.verdict.upper()} against {record.b}: "
+    if isinstance(record, AgainstRecord):
+        times, cap = f"{interval(record.ratio)} times its tokens/J", capped(record.power_cap_w)
+    else:
+        times = f"to loss {record.target_loss:g} the other takes {interval(record.ratio)} times its joules"
+        cap = ", no power cap set"
+    return f"{said}{times} ({meaning(record.energy)}{cap})"
 
 
 def draw(records: Sequence[Record]) -> Figure:
@@ -98,19 +106,17 @@ def draw(records: Sequence[Record]) -> Figure:
 
 
 def _draw_legs(axes: Axes, legs: Sequence[Leg]) -> None:
-    sides = len({leg.role for leg in legs})
+    # Whatever the power cap, each leg has its own place; those that ended in one second, by their order.
+    in_time = sorted(legs, key=lambda leg: (leg.time, leg.is_upper_bound, leg.repeat, leg.role))
+    places = list(enumerate(in_time, start=1))
     for role in ("a", "b"):
         for forced, marker in ((False, "o"), (True, "^")):
-            chosen = [leg for leg in legs if leg.role == role and leg.is_upper_bound == forced]
+            chosen = [(at, leg) for at, leg in places if (leg.role, leg.is_upper_bound) == (role, forced)]
             if chosen:
-                # Those under forced balance ran after all the others.
-                before = sum(1 for leg in legs if not leg.is_upper_bound) if forced else 0
-                at = [before + sides * leg.repeat + (role == "b") + 1 for leg in chosen]
                 label = f"{role}, forced balance (upper bound)" if forced else f"{role}, natural routing"
-                values = [leg.tokens_per_j for leg in chosen]
                 axes.plot(
-                    at,
-                    values,
+                    [at for at, _ in chosen],
+                    [leg.tokens_per_j for _, leg in chosen],
                     marker,
                     color=COLOURS[role],
                     label=label,
@@ -118,7 +124,8 @@ def _draw_legs(axes: Axes, legs: Sequence[Leg]) -> None:
                 )
     estimated = any(leg.energy.source == "estimated" for leg in legs)
     title = "Legs, in the order of time" + (", joules ESTIMATED" if estimated else "")
-    axes.set(xlabel="leg", ylabel="tokens per joule", title=title)
+    joules = "\n".join(dict.fromkeys(meaning(leg.energy) for leg in legs))
+    axes.set(xlabel="leg", ylabel=f"tokens per joule\n{joules}", title=title)
     if legs:
         axes.legend(frameon=False)
 

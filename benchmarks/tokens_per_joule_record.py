@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from benchmarks.ab_statistics import Verdict
 from moe.durable import write_atomically
 from moe.errors import InputError
+from moe.metering.boundaries import Level
 from moe.metering.energy import Boundary, Source, Validity
+from moe.metering.report import CrossCheck, Spread
 
 SCHEMA_FILE = Path(__file__).with_name("tokens_per_joule.schema.json")
 FLOPS_CONVENTION = (
@@ -36,14 +38,26 @@ class Part(BaseModel):
 
 
 class EnergyFigure(Part):
-    """Gross joules and what they mean; idle power is beside them and never subtracted."""
+    """Gross joules and what they mean; idle power is beside them and never subtracted.
+
+    Attributes:
+        joules: of the window, or until the target loss.
+        validity_detail: one sentence on `validity`, with both figures where there are two.
+        cross_check: of the whole training that the joules are a part of; null with one instrument only.
+        spread: of the same, over its devices; null where the meter cannot tell them apart.
+        levels: of the same, at the meter's boundary and at every one around it.
+    """
 
     joules: Positive
     source: Source
     boundary: Boundary
     validity: Validity
+    validity_detail: Text
     description: Text
     idle_w: float | None
+    cross_check: CrossCheck | None
+    spread: Spread | None
+    levels: tuple[Level, ...]
 
 
 class Software(Part):

@@ -13,6 +13,7 @@ from benchmarks.tokens_per_joule_record import (
     Leg,
     PeakShare,
     Summary,
+    TargetLoss,
 )
 from moe.energy.steady_state import resolution
 from moe.metering.energy import VALIDITIES
@@ -82,7 +83,7 @@ def judge(a: Sequence[Leg], b: Sequence[Leg], names: tuple[str, str]) -> Against
     )
 
 
-def label(legs: Sequence[Leg]) -> EnergyLabel:
+def label(legs: Sequence[Leg | TargetLoss]) -> EnergyLabel:
     """The label of several figures; the worst validity speaks for all of them.
 
     Raises:

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from benchmarks.tokens_per_joule_record import (
     AgainstRecord,
+    EnergyFigure,
     EnergyLabel,
     Estimate,
     Leg,
     Record,
     Summary,
+    TargetLoss,
     TargetLossAgainst,
     TargetLossSummary,
 )
@@ -28,20 +30,16 @@ def as_text(records: Sequence[Record]) -> str:
             case TargetLossSummary():
                 lines.append(target_line(record))
             case TargetLossAgainst():
-                lines.append(
-                    f"joules of b over a to loss {record.target_loss:g}: {interval(record.ratio)}: "
-                    f"a is {record.verdict.upper()} against b"
-                )
-    return "\n".join([*lines, *_machine_lines(records)])
+                lines.append(target_verdict_line(record))
+    return "\n".join([*lines, *_machine_lines(records), f"idle power, included: {idle(records)}"])
 
 
 def summary_lines(summary: Summary) -> list[str]:
     """Three lines: who, how efficient, of what."""
-    cap = "" if summary.power_cap_w is None else f", power cap {summary.power_cap_w:g} W"
     bound = "forced balance, an UPPER BOUND" if summary.is_upper_bound else "natural routing"
     peak = "".join(f", {share.percent:.1f} % of {share.basis}" for share in summary.of_peak)
     return [
-        f"{summary.role}: {summary.name} ({bound}, {summary.mode} windows{cap})",
+        f"{summary.role}: {summary.name} ({bound}, {summary.mode} windows{capped(summary.power_cap_w)})",
         f"   {interval(summary.tokens_per_j)} tokens/J, {meaning(summary.energy)}",
         f"   {interval(summary.active_param_tokens_per_j)} active-parameter tokens/J, "
         f"{interval(summary.model_flop_per_j)} model FLOP/J{peak}, "
@@ -54,7 +52,16 @@ def verdict_line(record: AgainstRecord) -> str:
     least = f"; differences below {record.resolution:.2%} are the meter's" if record.resolution else ""
     return (
         f"tokens/J of a over b: {interval(record.ratio)}, 95 % interval of {record.ratio.repeats} pairs, "
-        f"drift {record.drift_per_leg:+.2%} a leg{least}: a is {record.verdict.upper()} against b"
+        f"drift {record.drift_per_leg:+.2%} a leg{least}: a is {record.verdict.upper()} against b "
+        f"({meaning(record.energy)}{capped(record.power_cap_w)})"
+    )
+
+
+def target_verdict_line(record: TargetLossAgainst) -> str:
+    """The verdict on the joules to a loss; seeds train without caps of ours, whatever --power-caps says."""
+    return (
+        f"joules of b over a to loss {record.target_loss:g}: {interval(record.ratio)}: "
+        f"a is {record.verdict.upper()} against b ({meaning(record.energy)}, no power cap set)"
     )
 
 
@@ -73,7 +80,22 @@ def interval(estimate: Estimate) -> str:
     return f"{estimate.mean:.4g} [{estimate.ci95_low:.4g}, {estimate.ci95_high:.4g}]"
 
 
-def meaning(energy: EnergyLabel) -> str:
+def capped(power_cap_w: float | None) -> str:
+    """The power limit that the benchmark set, behind a comma; nothing where it set none."""
+    return "" if power_cap_w is None else f", power cap {power_cap_w:g} W"
+
+
+def idle(records: Sequence[Record]) -> str:
+    """Power before the work began, by what the meters of these records say."""
+    figures = [record.energy for record in records if isinstance(record, Leg | TargetLoss)]
+    known = [figure.idle_w for figure in figures if figure.idle_w is not None]
+    if not known:
+        return "not known"
+    low, high = f"{min(known):.4g}", f"{max(known):.4g}"
+    return f"{low} W" if low == high else f"{low} to {high} W"
+
+
+def meaning(energy: EnergyLabel | EnergyFigure) -> str:
     """Where joules come from and what they include."""
     how = "ESTIMATED, not measured" if energy.source == "estimated" else f"measured ({energy.source})"
     validity = "" if energy.source == "estimated" else f", {energy.validity}"
@@ -91,6 +113,6 @@ def _machine_lines(records: Sequence[Record]) -> list[str]:
     warning = [f"NOT SETTLED before the window: {unsettled} legs"] if unsettled else []
     return [
         f"both with {' '.join(leg.work.overrides)}" if leg.work.overrides else "both as in the recipe",
-        f"{machine.device}, {machine.ranks} ranks; power limit found: {power}; {leg.energy.description}",
+        f"{machine.device}, {machine.ranks} ranks; power limit in force: {power}; {leg.energy.description}",
         *warning,
     ]

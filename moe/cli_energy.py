@@ -80,7 +80,8 @@ def sweep(
     """Find the power cap or clock with the best tokens per joule.
 
     Trains while the settings change, on the GPUs of this machine. Needs an administrator's rights. The
-    settings as found are put back at the end, at an error, at Ctrl-C and at SIGTERM.
+    settings as found are put back at the end, at an error, at Ctrl-C and at SIGTERM; clocks, where --clocks
+    changed them, to unlocked: a lock that was there before is lost.
     """
     from moe.energy.sweep_command import run_sweep
 
@@ -137,7 +138,8 @@ def hold_clock(
 ) -> None:
     """Lock the clocks of a stage's GPUs until this command ends.
 
-    Runs beside the job, with an administrator's rights. Ctrl-C or SIGTERM unlocks the clocks.
+    Runs beside the job, with an administrator's rights. Ctrl-C or SIGTERM unlocks the clocks,
+    also those that were locked before.
     """
     from moe.energy.clock_command import hold
 

@@ -24,7 +24,7 @@ AS_FOUND = Setting()
 
 
 def parse_grid(text: str, kind: str) -> list[Setting]:
-    """Settings from `400,500,600` or from `400:600:50`, the end included.
+    """Settings from `400,500,600` or from `400:600:50`, the end included where a step meets it.
 
     Args:
         text: Of the user.

@@ -41,7 +41,7 @@ class Entry:
         metered_co2_kg: Location-based, of metered_kwh.
         facility_co2_kg: Location-based, of facility_kwh.
         grid_renewable_share: Of the grid's mix in those hours.
-        tokens_per_j: tokens by metered_kwh.
+        tokens_per_j: tokens by metered_kwh; None too where these are invalid.
     """
 
     kind: str
@@ -168,7 +168,7 @@ def _entry(
         metered_co2_kg=metered_kg,
         facility_co2_kg=times(metered_kg, ratio(facility_j, energy_j)),
         grid_renewable_share=renewable,
-        tokens_per_j=ratio(tokens, energy_j),
+        tokens_per_j=None if run.validity == "invalid" else ratio(tokens, energy_j),
     )
 
 
@@ -190,6 +190,7 @@ def _sum_entry(runs: Sequence[Entry]) -> Entry:
     useful = total([run.useful_kwh for run in runs]) if alike else None
     shares = [times(run.grid_renewable_share, run.metered_kwh) for run in runs]
     tokens = sum(run.tokens for run in runs)
+    invalid = any(run.validity == "invalid" for run in runs)
     return Entry(
         kind="sum",
         run="",
@@ -210,7 +211,7 @@ def _sum_entry(runs: Sequence[Entry]) -> Entry:
         metered_co2_kg=total([run.metered_co2_kg for run in runs]) if alike else None,
         facility_co2_kg=total([run.facility_co2_kg for run in runs]),
         grid_renewable_share=ratio(total(shares), metered),
-        tokens_per_j=ratio(tokens, times(metered, J_PER_KWH)),
+        tokens_per_j=None if invalid else ratio(tokens, times(metered, J_PER_KWH)),
     )
 
 
@@ -232,7 +233,9 @@ def _notes(runs: Sequence[RunEnergy], grid: _Grid, entries: Sequence[Entry]) -> 
             "has not reached its end, so its IT equipment beyond the meter is unknown: "
             + ", ".join(unfinished)
         )
-    if grid.factors is None:
+    if grid.factors is None and figure(grid.site.grid_g_per_kwh) is None:
+        notes.append("carbon is unknown: the site states no factor of the grid; give --hourly-factors")
+    elif grid.factors is None:
         notes.append("carbon is by the site's figure of a whole year, not by the hour")
     else:
         missing = sum(carbon_of(run.spans, grid.factors).missing_hours for run in runs)

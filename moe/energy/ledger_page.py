@@ -37,6 +37,14 @@ _COLUMNS = (
     ("系統再エネ比率 (%)", "Grid renewable share (%)", "grid_renewable_percent", 1),
     ("トークン/J", "Tokens/J", "tokens_per_j", 2),
 )
+_METHOD_HOURLY = (
+    "CO2はロケーション基準: 各時間の電力量 x その時間の系統排出係数。証書・契約は算入しない。",
+    "CO2 is location-based: each hour's energy x the grid's factor of that hour; contracts do not count.",
+)
+_METHOD_YEARLY = (
+    "CO2はロケーション基準: 電力量 x 系統排出係数(年間値)。時間別の係数は用いない。証書・契約は算入しない。",
+    "CO2 is location-based: energy x one factor of the grid for a whole year; contracts do not count.",
+)
 _METHOD = (
     (
         "電力量は総量であり、待機電力を差し引かない。計測範囲(境界)と計測方法を各行に示す。",
@@ -45,10 +53,6 @@ _METHOD = (
     (
         "施設電力量 = IT機器電力量 x PUE。IT機器電力量は学習記録(report.json)による。",
         "Facility energy = IT energy x PUE. IT energy is that of the run's report (report.json).",
-    ),
-    (
-        "CO2はロケーション基準: 各時間の電力量 x その時間の系統排出係数。証書・契約は算入しない。",
-        "CO2 is location-based: each hour's energy x the grid's factor of that hour; contracts do not count.",
     ),
     (
         "有効率 = 最終状態に至ったステップの電力量 / 全電力量(中断・再実行・評価・保存を含む)。",
@@ -186,10 +190,16 @@ def html_text(ledger: Ledger, *, today: datetime.date) -> str:
         _heading("4. 拠点の数値と出典", "Figures of the site and their sources"),
         _site_table(ledger),
         _heading("5. 算定方法", "Method"),
-        "<ol>" + "".join(f"<li>{_text(ja)}<br>{_text(en)}</li>" for ja, en in _METHOD) + "</ol>",
+        _method(ledger),
         "</html>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _method(ledger: Ledger) -> str:
+    carbon = _METHOD_YEARLY if ledger.factors is None else _METHOD_HOURLY
+    items = "".join(f"<li>{_text(ja)}<br>{_text(en)}</li>" for ja, en in (*_METHOD, carbon))
+    return f"<ol>{items}</ol>"
 
 
 def _heading(japanese: str, english: str) -> str:

@@ -1,7 +1,7 @@
 """Power limits and clocks of GPUs: read by anyone, changed only on request, and always put back.
 
 NVML tells the power limit in force but not whether clocks are locked, so a power limit is put back to what it
-was, and clocks are put back to unlocked.
+was, and clocks are put back to unlocked: a lock that an operator had set before is lost.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class PowerControl(AbstractContextManager["PowerControl"]):
     """Changes settings of GPUs inside a `with` block and puts them back however the block ends.
 
     That is at its end, at an exception, at Ctrl-C, SIGTERM and SIGHUP. Only SIGKILL and a power cut cannot be
-    caught: `undo_commands` are what an operator runs after one.
+    caught: `undo_commands` are what an operator runs after one. Clocks that were locked before come back
+    unlocked, as NVML does not tell a lock.
     """
 
     def __init__(self, nvml: Any, uuids: Sequence[str], *, allowed: bool) -> None:
@@ -134,16 +135,17 @@ class PowerControl(AbstractContextManager["PowerControl"]):
         silent = [state.uuid for state in self.before if state.power_limit_w is None]
         if silent:
             raise InputError(f"GPU {silent[0]} does not tell its power limit, so it could not be put back")
-        self._limits_changed = self._clocks_changed = False
+        self._limited: set[str] = set()  # UUIDs that have another power limit than before
+        self._locked: set[str] = set()  # and another clock
 
     @property
     def undo_commands(self) -> list[str]:
-        """Commands that put back what this object changed so far."""
+        """Commands that put back what this object changed and has not put back yet."""
         commands = []
         for state in self.before:
-            if self._limits_changed:
+            if state.uuid in self._limited:
                 commands.append(f"nvidia-smi -i {state.uuid} -pl {state.power_limit_w:g}")
-            if self._clocks_changed:
+            if state.uuid in self._locked:
                 commands.append(f"nvidia-smi -i {state.uuid} -rgc")
         return commands
 
@@ -159,17 +161,17 @@ class PowerControl(AbstractContextManager["PowerControl"]):
                 raise InputError(
                     f"GPU {state.uuid}: a limit of {watts:g} W is not within {low:g} and {high:g} W"
                 )
-        self._limits_changed = True
-        self._set("power limit", lambda handle: self._limit(handle, watts))
+        self._set("power limit", self._limited, lambda handle: self._limit(handle, watts))
 
     def lock_clock(self, mhz: int) -> None:
-        """Lock the graphics clock of each GPU.
+        """Lock the graphics clock of each GPU; `restore` unlocks it, whatever it was before.
 
         Raises:
             InputError: A GPU does not take the clock, or the rights are missing.
         """
-        self._clocks_changed = True
-        self._set("clock", lambda handle: self._nvml.nvmlDeviceSetGpuLockedClocks(handle, mhz, mhz))
+        self._set(
+            "clock", self._locked, lambda handle: self._nvml.nvmlDeviceSetGpuLockedClocks(handle, mhz, mhz)
+        )
 
     def restore(self) -> None:
         """Put back what was changed, on every GPU, even if one of them refuses.
@@ -182,7 +184,6 @@ class PowerControl(AbstractContextManager["PowerControl"]):
         if refused:
             commands = "\n".join(self.undo_commands)
             raise RestoreError(f"GPU settings are not all put back: {'; '.join(refused)}. Run:\n{commands}")
-        self._limits_changed = self._clocks_changed = False
 
     def __enter__(self) -> PowerControl:
         """Take over SIGTERM and SIGHUP, which would end the process before settings are put back."""
@@ -193,7 +194,7 @@ class PowerControl(AbstractContextManager["PowerControl"]):
         """Put the settings back, then the signals."""
         try:
             self.restore()
-        except (KeyboardInterrupt, SystemExit):  # it came before the signals were held back
+        except (KeyboardInterrupt, SystemExit):  # it may have come before the signals were held back
             self.restore()
             raise
         finally:
@@ -202,27 +203,33 @@ class PowerControl(AbstractContextManager["PowerControl"]):
 
     def _restore_one(self, state: GpuState) -> Iterator[str]:
         handle, nvml = self._handles[state.uuid], self._nvml
-        undo: list[Callable[[], object]] = []
-        if self._limits_changed:
+        undo: list[tuple[set[str], Callable[[], object]]] = []
+        if state.uuid in self._limited:
             assert state.power_limit_w is not None
             limit_w = state.power_limit_w
-            undo.append(lambda: self._limit(handle, limit_w))
-        if self._clocks_changed:
-            undo.append(lambda: nvml.nvmlDeviceResetGpuLockedClocks(handle))
-        for call in undo:
+            undo.append((self._limited, lambda: self._limit(handle, limit_w)))
+        if state.uuid in self._locked:
+            undo.append((self._locked, lambda: nvml.nvmlDeviceResetGpuLockedClocks(handle)))
+        for changed, call in undo:
             try:
                 call()
             except nvml.NVMLError as error:
                 yield f"{state.uuid}: {error}"
+            else:
+                changed.discard(state.uuid)
 
     def _limit(self, handle: Any, watts: float) -> None:
         self._nvml.nvmlDeviceSetPowerManagementLimit(handle, round(watts * 1e3))
 
-    def _set(self, what: str, call: Callable[[Any], object]) -> None:
+    def _set(self, what: str, changed: set[str], call: Callable[[Any], object]) -> None:
         for uuid, handle in self._handles.items():
+            was_changed = uuid in changed
+            changed.add(uuid)  # before the call, or a signal right after it would leave the GPU as it is
             try:
                 call(handle)
             except self._nvml.NVMLError as error:
+                if not was_changed:
+                    changed.discard(uuid)
                 raise InputError(
                     f"GPU {uuid}: the {what} cannot be set ({error}); it needs the rights of an administrator"
                 ) from error
@@ -234,13 +241,23 @@ def _exit(number: int, _frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C must not stop the settings from being put back."""
-    numbers = (signal.SIGINT, *_ENDING)
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    """Keep the signals that end a job until the settings are put back; a second Ctrl-C must not stop that.
+
+    They are taken by handlers, not blocked: a blocked thread leaves them to the other threads of the process,
+    from where Python brings them back to the main thread.
+    """
+    caught: list[int] = []
+    handlers = {}
     try:
+        for number in (signal.SIGINT, *_ENDING):
+            handlers[number] = signal.signal(number, lambda came, _frame: caught.append(came))
+            signal.siginterrupt(number, False)  # the driver's calls go on
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for came in caught:
+        signal.raise_signal(came)
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ class RunEnergy:
         tokens: That the newest state was trained on.
         source: How the joules were obtained.
         boundary: What they include.
-        validity: The worst of all starts.
+        validity: The worst of all starts, each as its last line says: none is checked in its first minute.
         levels: Of report.json: the boundaries around the meter's; empty before the run's end.
         finished: The run reached its end.
     """
@@ -133,10 +133,15 @@ def read_run_energy(run_dir: Path) -> RunEnergy:
         tokens=int(lines[-1]["tokens"] or 0),
         source=source,
         boundary=boundary,
-        validity=max((line["validity"] or "unchecked" for line in lines), key=VALIDITIES.index),
+        validity=_validity(lines),
         levels=report.energy.levels if report is not None and current else (),
         finished=current,
     )
+
+
+def _validity(lines: Sequence[Line]) -> str:
+    last = {line["start"]: line["validity"] or "unchecked" for line in lines}
+    return max(last.values(), key=VALIDITIES.index)
 
 
 def _starts(lines: Sequence[Line]) -> list[StartEnergy]:

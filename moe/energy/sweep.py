@@ -83,6 +83,11 @@ class Control(Protocol):
         """Put back what was found."""
         ...
 
+    @property
+    def undo_commands(self) -> list[str]:
+        """What a person runs where this process could not put it back."""
+        ...
+
 
 class SweepWatch:
     """A watch of the training that changes the setting after each steady window."""
@@ -96,11 +101,12 @@ class SweepWatch:
             control: Changes settings.
             grid: To be tried.
             rule: Of a window.
-            note: Told about each window.
+            note: Told about each window, and at the first change how to undo it.
         """
         self._control = control
         self._rule = rule
         self._note = note
+        self._said_undo = False
         self._left = [AS_FOUND, *grid, *reversed(grid), AS_FOUND]
         self._found: dict[Setting, list[tuple[float, float]]] = {}
         self._window = SteadyWindow(rule)
@@ -147,6 +153,9 @@ class SweepWatch:
             self._control.lock_clock(setting.clock_mhz)
         else:
             self._control.restore()
+        if not self._said_undo and self._control.undo_commands:
+            self._said_undo = True
+            self._note("if this process is killed (SIGKILL), run: " + "; ".join(self._control.undo_commands))
 
 
 def _geometric_mean(values: Sequence[float]) -> float:
@@ -181,6 +190,7 @@ def sweep(
 
     Raises:
         InputError: `allowed` is false, rights are missing, there is no GPU, or train.steps are too few.
+        EnergyMeterError: The meter failed, or the joules are not to be quoted.
     """
     from moe.energy.training_leg import train_watched
 
@@ -192,9 +202,14 @@ def sweep(
             watches.append(SweepWatch(control, grid, rule=rule, note=note))
             return watches[0]
 
-        trained = train_watched(config, make_watch, note)
+        # Settings go back before the engine closes, which waits for other ranks that may be gone.
+        trained = train_watched(config, make_watch, note, before_close=settings.close)
     if trained is None:
         return None
+    if trained.energy.validity == "invalid":
+        raise EnergyMeterError(
+            f"the energy of this sweep is not to be quoted: {trained.energy.validity_detail}"
+        )
     watch = watches[0]
     if not watch.done:
         raise InputError(

@@ -62,6 +62,7 @@ def train_watched(
     note: Note,
     *,
     at_end: Callable[[], None] = lambda: None,
+    before_close: Callable[[], None] = lambda: None,
 ) -> Trained | None:
     """Train until the watch is done or train.steps are over; collective.
 
@@ -70,6 +71,7 @@ def train_watched(
         make_watch: Called on rank 0 once the engine is up.
         note: Takes messages for a person.
         at_end: Called on every rank while they still reach each other.
+        before_close: Called on every rank however the training ended, before the engine closes.
 
     Returns:
         On rank 0 what trained; None on the others.
@@ -84,7 +86,10 @@ def train_watched(
         at_end()
         return trained
     finally:
-        engine.close()
+        try:
+            before_close()
+        finally:
+            engine.close()
 
 
 def _train(

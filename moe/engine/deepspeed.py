@@ -80,6 +80,12 @@ class DeepSpeedEngine(MegatronJob):
                 dist_init_required=False,
             )
         self._undo.callback(self.zero.destroy)
+        if config.engine.zero_stage == 1 and config.train.precision == "bf16":
+            # Micro-batches are summed in fp32, as in the other stages. DeepSpeed 0.19 sees the fp32 router
+            # first, takes all gradients for fp32 and would let them add up in bf16.
+            self.optimizer.use_grad_accum_attribute = True
+            for parameter in self.model.parameters():
+                parameter.grad_accum = None
         if config.engine.zero_stage == 3:
             declare_distant_parameters(self.model)
         self.state = ZeroState(self.optimizer, templates, zero_stage=config.engine.zero_stage)

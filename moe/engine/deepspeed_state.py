@@ -209,7 +209,8 @@ class ZeroState:
         if received is None:
             return None
         # A rank's range follows that of the rank before it.
-        return torch.cat([part[:, :n] for part, n in zip(received, shared.lengths, strict=True)], dim=1).cpu()
+        parts = [part[:, :n].cpu() for part, n in zip(received, shared.lengths, strict=True)]
+        return torch.cat(parts, dim=1)
 
     def _spread(self) -> None:
         """Make the weights that the model computes with from the fp32 ones; collective."""

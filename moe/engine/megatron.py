@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from moe.config.schema import RunConfig
+from moe.config.schema import ParallelSection, RunConfig
 from moe.engine.base import Batch, EvalResult, StepResult, TrainingDivergedError
 from moe.engine.megatron_job import MegatronJob, moe_layers_of
 from moe.engine.megatron_optimizer import build_optimizer
@@ -51,7 +51,9 @@ class MegatronEngine(MegatronJob):
         self.checkpoint_bytes = self.params_total * (DTYPES[config.train.precision].itemsize + 12)
         self.ddps = [
             # Buckets are for the first chunk, whose reduction and gathering nothing else could hide.
-            DistributedDataParallel(model.config, self._ddp_config(), model, disable_bucketing=chunk > 0)
+            DistributedDataParallel(
+                model.config, _ddp_config(config.parallel), model, disable_bucketing=chunk > 0
+            )
             for chunk, model in enumerate(self.models)
         ]
         self.optimizer = build_optimizer(config, self.ddps)
@@ -60,15 +62,6 @@ class MegatronEngine(MegatronJob):
         no_sync = [ddp.no_sync for ddp in self.ddps]
         megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         megatron_config.finalize_model_grads_func = finalize_model_grads
-
-    def _ddp_config(self) -> DistributedDataParallelConfig:
-        parallel = self.config.parallel
-        return DistributedDataParallelConfig(
-            use_distributed_optimizer=True,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-        )
 
     # ---- training -----------------------------------------------------------------------------------------
 
@@ -176,3 +169,12 @@ class MegatronEngine(MegatronJob):
             for parameter in ddp.parameters():
                 vars(parameter).pop("main_param", None)
         super().close()
+
+
+def _ddp_config(parallel: ParallelSection) -> DistributedDataParallelConfig:
+    return DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )

@@ -60,13 +60,19 @@ class GroupedExperts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def forward(self, dispatched: Dispatched) -> Tensor:
-        """y_RD: for each row that arrived the weighted sum over its pairs' experts."""
+    def forward(self, x_RD: Tensor, dispatched: Dispatched) -> Tensor:
+        """y_RD: for each row that arrived the weighted sum over its pairs' experts.
+
+        Args:
+            x_RD: dispatched.x_RD. By itself, because DeepSpeed's ZeRO-3 frees a module's weights when the
+                gradients of its tensor arguments are there; it does not look into dataclasses.
+            dispatched: what a dispatcher gave.
+        """
         biases = None
         if self.b_gate_up_eG is not None and self.b_down_eD is not None:
             biases = (self.b_gate_up_eG, self.b_down_eD)
         return expert_mlp(
-            dispatched.x_RD,
+            x_RD,
             self.w_gate_up_eGD,
             self.w_down_eDF,
             dispatched.weights_RK,

@@ -121,7 +121,7 @@ class MoELayer(nn.Module):
         if self.shared_expert is not None and self.overlap:
             shared = self.shared_expert(x)
         dispatched = arrive()
-        y_RD = self.experts(dispatched)
+        y_RD = self.experts(dispatched.x_RD, dispatched)
         y = self.dispatcher.combine(y_RD, dispatched).view(x_SBD.shape)
         if self.config.batch_first:
             y = y.transpose(0, 1)

@@ -62,6 +62,8 @@ class Surroundings:
         fabric_w_per_gpu: Switches and optics between nodes, likewise.
         pue: Facility energy over that of IT equipment; 0 where unknown.
         pue_source: Who says so.
+        gpus_vary: Whether starts of the run had different numbers of GPUs: no constant a GPU covers them all.
+        machines_vary: Likewise of machines.
     """
 
     num_gpus: int
@@ -71,6 +73,8 @@ class Surroundings:
     fabric_w_per_gpu: float
     pue: float
     pue_source: str
+    gpus_vary: bool = False
+    machines_vary: bool = False
 
 
 def stack_levels(inner: Level, around: Surroundings, *, node: Level | None = None) -> tuple[Level, ...]:
@@ -84,7 +88,7 @@ def stack_levels(inner: Level, around: Surroundings, *, node: Level | None = Non
     levels = [inner]
     for boundary in _around_boundary(inner.boundary):
         if boundary == "node":
-            levels.append(node or _node(inner, around))
+            levels.append(_node(inner, around) if node is None else _not_below(inner, node))
         elif boundary == "fabric":
             levels.append(_fabric(levels[-1], around))
         else:
@@ -106,9 +110,23 @@ def _around_boundary(boundary: Boundary) -> tuple[Boundary, ...]:
     return _OUTWARDS[_OUTWARDS.index(boundary) + 1 :] if boundary in _OUTWARDS else _OUTWARDS
 
 
+def _not_below(inner: Level, node: Level) -> Level:
+    """The measured machine, unless it took less than what is measured inside it."""
+    node_j, inner_j = node.energy_j, inner.energy_j
+    if node_j is None or inner_j is None or inner.basis != "measured" or node_j >= inner_j:
+        return node
+    return _unknown(
+        "node", f"{node_j:.6g} J ({node.source}), but {inner_j:.6g} J of {inner.boundary} inside it"
+    )
+
+
 def _node(inner: Level, around: Surroundings) -> Level:
     if inner.boundary not in ("gpu", "module"):
         return _unknown("node", f"no constant makes a machine of {inner.boundary}; give energy.node_command")
+    if around.gpus_vary:
+        return _unknown(
+            "node", "the starts of the run had different numbers of GPUs; give energy.node_command"
+        )
     host_j = around.host_w_per_gpu * around.num_gpus * around.wall_s
     twice = ", the module's CPU counted twice" if inner.boundary == "module" else ""
     return _around(
@@ -120,6 +138,8 @@ def _node(inner: Level, around: Surroundings) -> Level:
 
 
 def _fabric(inner: Level, around: Surroundings) -> Level:
+    if around.machines_vary or (around.gpus_vary and around.num_machines > 1):
+        return _unknown("fabric", "the starts of the run had different numbers of GPUs or machines")
     if around.num_machines == 1:
         return Level(
             boundary="fabric",

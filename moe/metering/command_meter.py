@@ -25,6 +25,8 @@ TIMEOUT_S = 10.0
 GAP_S = 5.0
 # A counter of whole kWh moves every ten minutes at 6 kW.
 COUNTER_STALL_S = 900.0
+# Each end of a run is unsure by up to one step of the counter.
+MAX_STEP = 0.03
 _LINE = re.compile(r"(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?) ?([WJ])")
 
 
@@ -62,6 +64,7 @@ class CommandMeter:
             raise InputError(f"energy.node_command does not work: {error}") from error
         self._opened_s = self._last_s = self._moved_s = clock()
         self._opening_j = self._last_j = value if self._unit == "J" else 0.0
+        self._largest_step_j = 0.0
         self._trace = PowerTrace(self._opened_s, value if self._unit == "W" else None, gap_s=GAP_S)
         self._bridged_j = 0.0
         self.idle_w: float | None = value if self._unit == "W" else None
@@ -81,6 +84,16 @@ class CommandMeter:
         """Say whether answers are missing; there is no second instrument."""
         try:
             return self._sampler.call(self._judge)
+        except EnergyMeterError as error:
+            return Audit(validity="invalid", detail=str(error))
+
+    def closing_audit(self) -> Audit:
+        """The audit of a whole run, which also says whether the counter was fine enough for it.
+
+        Not asked on the way: at the beginning of a run any step is a large part of the total.
+        """
+        try:
+            return self._sampler.call(self._judge_steps)
         except EnergyMeterError as error:
             return Audit(validity="invalid", detail=str(error))
 
@@ -105,6 +118,16 @@ class CommandMeter:
             return Audit(validity="invalid", detail=detail)
         return Audit(validity="unchecked", detail="the operator's counter alone; no second instrument")
 
+    def _judge_steps(self) -> Audit:
+        audit, total_j, step_j = self._judge(), self._last_j - self._opening_j, self._largest_step_j
+        if self._unit == "W" or audit.validity == "invalid" or 0 < step_j <= MAX_STEP * total_j:
+            return audit
+        detail = (
+            f"the counter of `{self._argv[0]}` is too coarse for this run: {total_j:.6g} J in steps of up to "
+            f"{step_j:.6g} J, where {MAX_STEP:.0%} of the total are allowed"
+        )
+        return Audit(validity="invalid", detail=detail)
+
     def _take(self, answer: tuple[float, str]) -> None:
         value, unit = answer
         now_s = self._clock()
@@ -117,6 +140,7 @@ class CommandMeter:
         elif value < self._last_j:
             raise EnergyMeterError(f"the counter of `{self._argv[0]}` fell from {self._last_j} to {value} J")
         elif value > self._last_j:
+            self._largest_step_j = max(self._largest_step_j, value - self._last_j)
             self._last_j, self._moved_s = value, now_s
         self._last_s = now_s
 

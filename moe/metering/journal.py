@@ -14,6 +14,7 @@ between them one a second at most, and one where the validity changes:
     tokens     trained on so far
     wall_s     seconds in the training loop so far
     source, boundary, validity    see moe.metering.energy
+    gpus, machines    of this start; in its first line only
 
 Joules never fall from one line to the next. What a killed start spent after its last line is in the line with
 which the next one begins, as far as `metrics.jsonl` had it: at most the step under way is lost.
@@ -102,7 +103,8 @@ class EnergyJournal:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        entry = {"event": event, "start": self.number, "time_s": self._written_s} | finite
+        size = {name: record[name] for name in ("gpus", "machines") if name in record}
+        entry = {"event": event, "start": self.number, "time_s": self._written_s} | finite | size
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
@@ -114,10 +116,12 @@ class Starts:
     Attributes:
         number: How many.
         problem: Why the sum of their joules is not to be quoted; None if nothing speaks against it.
+        sizes: GPUs and machines that any of them had; None for both where a start did not say.
     """
 
     number: int
     problem: str | None
+    sizes: frozenset[tuple[int | None, int | None]] = frozenset()
 
 
 def starts_of(entries: Sequence[Mapping[str, Any]]) -> Starts:
@@ -131,7 +135,8 @@ def starts_of(entries: Sequence[Mapping[str, Any]]) -> Starts:
         problem = f"the starts of this run measured different things: {', '.join(labels)}"
     elif invalid:
         problem = f"the energy of start {invalid[0]} was invalid"
-    return Starts(number=len(last), problem=problem)
+    sizes = {(entry.get("gpus"), entry.get("machines")) for entry in entries if entry.get("event") == "start"}
+    return Starts(number=len(last), problem=problem, sizes=frozenset(sizes))
 
 
 def read_journal(run_dir: Path) -> list[dict[str, Any]]:

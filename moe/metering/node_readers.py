@@ -3,9 +3,10 @@
     python -m moe.metering.node_readers redfish https://BMC/redfish/v1/Chassis/1/Power
     python -m moe.metering.node_readers ipmi
 
-`redfish` reads the one address that it is given: the resource Power (PowerControl) or EnvironmentMetrics
-(PowerWatts) of a chassis, DMTF DSP0268. Credentials come from the user's .netrc, `--ca FILE` names the BMC's
-certificate. `ipmi` runs `ipmitool dcmi power reading`. Both end within the time that the meter allows.
+`redfish` reads the one address that it is given, through no proxy and after no redirect: the resource Power
+(PowerControl) or EnvironmentMetrics (PowerWatts) of a chassis, DMTF DSP0268. Credentials come from the entry
+of that host in the user's .netrc and go over https alone; `--ca FILE` names the BMC's certificate. `ipmi`
+runs `ipmitool dcmi power reading`. Both end within the time that the meter allows.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ TIMEOUT_S = 8.0
 
 class ReaderError(Exception):
     """What kept the power from being read."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an HTTP error: the credentials are for the one host that was named."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,9 +63,10 @@ def redfish_w(url: str, ca: str | None = None) -> float:
     if urlsplit(url).scheme not in ("http", "https"):
         raise ReaderError(f"{url}: an address begins with https:// or http://")
     request = urllib.request.Request(url, headers=_authorization(url))  # noqa: S310 - scheme checked above
-    context = ssl.create_default_context(cafile=ca)
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context) as answer:  # noqa: S310
+        tls = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca))
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect, tls)
+        with opener.open(request, timeout=TIMEOUT_S) as answer:
             resource = json.load(answer)
     except (OSError, urllib.error.URLError, ValueError) as error:
         raise ReaderError(f"{url}: {error}") from error
@@ -83,14 +92,18 @@ def ipmi_w() -> float:
 
 
 def _authorization(url: str) -> dict[str, str]:
+    """Of the host's own entry; the default entry of a .netrc is meant for other servers."""
+    parts = urlsplit(url)
     try:
-        entry = netrc.netrc().authenticators(urlsplit(url).hostname or "")
+        entry = netrc.netrc().hosts.get(parts.hostname or "")
     except FileNotFoundError:
         return {}
     except netrc.NetrcParseError as error:
         raise ReaderError(f".netrc: {error}") from error
     if entry is None:
         return {}
+    if parts.scheme != "https":
+        raise ReaderError(f"{url}: .netrc has a password for this host, which goes over https:// only")
     return {"Authorization": "Basic " + base64.b64encode(f"{entry[0]}:{entry[2]}".encode()).decode()}
 
 

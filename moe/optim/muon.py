@@ -114,6 +114,7 @@ class MuonAdamW(torch.optim.Optimizer):
             momenta = self._gathered_momenta(bucket)
             for piece in bucket.pieces:
                 self._move(piece, momenta, group_of[piece.main])
+            del momenta  # a bucket may be all experts of a stage: never two at once
 
     def _gathered_momenta(self, bucket: Bucket) -> Tensor:
         """Nesterov momenta of the whole bucket, flat."""

@@ -99,7 +99,9 @@ def _attention(job: Job) -> float:
         # Values stay a part of the projection's output, so all of that stays. A norm keeps its queries apart.
         normed = q + (q + k if job.plan.kernels == "torch" else 0)
         normed = 0 if attention.qk_norm == "none" else normed
-        return T * ((q + k + v + q + k + normed) * wide + output)
+        # A softmax with sinks goes through a mask of the whole square, which has a gradient of its own.
+        sinks = H * job.seq_length / job.layout.cp * job.seq_length * wide if attention.sinks else 0
+        return T * ((q + k + v + q + k + normed) * wide + output) + sinks
     copies = 3 if job.plan.kernels == "torch" else 2
     kept = T / layout.tp * _compressed(job, copies=copies) * wide + T * output
     if "mla_up_proj" in job.recompute:

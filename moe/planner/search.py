@@ -88,18 +88,18 @@ def search(config: PlanConfig, base: Job, *, site: Site, objective: Objective = 
 
 
 def as_overrides(job: Job) -> tuple[str, ...]:
-    """The layout as `moe train` takes it; chunks and expert-tensor ranks only if they are more than one."""
+    """The layout as `moe train` takes it: every key that a recipe may have set otherwise."""
     layout = job.layout
+    stages = ",".join(map(str, job.stage_layers))
     texts = [
         f"parallel.tp={layout.tp}",
         f"parallel.pp={layout.pp}",
+        f"parallel.vpp={layout.vpp}",
+        f"parallel.stage_layers=[{stages}]",
         f"parallel.ep={layout.ep}",
+        f"parallel.cp={layout.cp}",
         f"train.micro_batch_size={job.micro_batch}",
     ]
-    if layout.cp > 1:
-        texts.append(f"parallel.cp={layout.cp}")
-    if layout.vpp > 1:
-        texts.append(f"parallel.vpp={layout.vpp}")
     if layout.etp > 1:
         texts.append(f"plan.etp={layout.etp}")
     return tuple(texts)
@@ -196,6 +196,7 @@ def _refused(config: PlanConfig, job: Job) -> Iterator[str]:
     values |= {
         "parallel.tp": job.layout.tp,
         "parallel.pp": job.layout.pp,
+        "parallel.vpp": job.layout.vpp,
         "parallel.ep": job.layout.ep,
         "parallel.cp": job.layout.cp,
         "parallel.stage_layers": job.stage_layers,

@@ -131,7 +131,7 @@ class Spent:
 
     Attributes:
         energy_j: Joules, by the meter; NaN if it failed in one of them.
-        node_j: Joules of whole machines; NaN where they were not measured.
+        node_j: Joules of whole machines; NaN if one of them did not measure those.
         wall_s: Seconds in the training loop.
     """
 
@@ -153,11 +153,13 @@ def spent_before(run_dir: Path) -> Spent:
         for record in read_step_log(run_dir / name)
     ]
     failed = any(record.get("energy_j", 0.0) is None for record in records)
-    nodes_j = [record["node_j"] for record in records if record.get("node_j") is not None]
+    metered = [record for record in records if "world_size" not in record]  # starts.jsonl has no node_j
+    nodes_j = [math.nan if record.get("node_j") is None else record["node_j"] for record in metered]
+    nodes_known = bool(nodes_j) and not any(math.isnan(node_j) for node_j in nodes_j)
     return Spent(
         energy_j=math.nan
         if failed
         else max((record.get("energy_j", 0.0) for record in records), default=0.0),
-        node_j=max(nodes_j, default=math.nan if records else 0.0),
+        node_j=max(nodes_j) if nodes_known else math.nan if records else 0.0,
         wall_s=max((record.get("wall_s") or 0.0 for record in records), default=0.0),
     )

@@ -6,7 +6,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class JobEnergy:
         source, boundary, description, idle_w: As a meter's; the weakest machine speaks for the sum.
         validity: Of all that was read so far.
         node_j: What instruments of whole machines have counted, at the last read; NaN without them.
+        num_gpus, num_machines: Of this start.
     """
 
     def __init__(
@@ -92,13 +93,13 @@ class JobEnergy:
         members = on_every_rank(lambda: (host, os.getpid(), gpu))
         here = [member for member in members if member[0] == host]
         self._reads_here = here[0][1] == os.getpid()  # the first rank of a machine reads for all of it
-        self._num_machines = len({member[0] for member in members})
-        self._num_gpus = len({member[::2] for member in members if member[2]})
+        self.num_machines = len({member[0] for member in members})
+        self.num_gpus = len({member[::2] for member in members if member[2]})
         self._writer: TraceWriter | None = None
         if settings.record and run_dir is not None and self._reads_here:
             self._writer = TraceWriter(run_dir / TRACE_FOLDER / f"{host}-{time.time_ns()}.jsonl")
         self._meter: EnergyMeter | None = None
-        self._node_meter: EnergyMeter | None = None
+        self._node_meter: CommandMeter | None = None
         pids, gpus = [member[1] for member in here], [member[2] for member in here if member[2]]
         self._opened = [
             item for item in on_every_rank(lambda: self._open_here(pids, gpus)) if item is not None
@@ -140,6 +141,7 @@ class JobEnergy:
         wall_s: float | None = None,
         node_j: float | None = None,
         problem: str | None = None,
+        sizes: Collection[tuple[int | None, int | None]] = (),
     ) -> Energy:
         """The energy part of report.json.
 
@@ -149,6 +151,7 @@ class JobEnergy:
                 None is since opening.
             node_j: joules of whole machines over all starts, where they are measured.
             problem: why the sum over all starts is not to be quoted.
+            sizes: GPUs and machines of the starts; where they differ, what is added for each GPU is unknown.
         """
         closing = [item for item in on_every_rank(self._close_here) if item is not None]
         audit = self._audit([item.audit for item in closing], total_j, problem)
@@ -159,13 +162,15 @@ class JobEnergy:
             energy_j=total_j,
         )
         around = Surroundings(
-            num_gpus=self._num_gpus,
-            num_machines=self._num_machines,
+            num_gpus=self.num_gpus,
+            num_machines=self.num_machines,
             wall_s=time.monotonic() - self._opened_s if wall_s is None else wall_s,
             host_w_per_gpu=self._settings.host_w_per_gpu,
             fabric_w_per_gpu=self._settings.fabric_w_per_gpu,
             pue=self._settings.pue,
             pue_source=self._settings.pue_source,
+            gpus_vary=len({num_gpus for num_gpus, _ in sizes}) > 1,
+            machines_vary=len({num_machines for _, num_machines in sizes}) > 1,
         )
         nodes = [item.node for item in closing if item.node is not None]
         node = node_level(self._opened[0].node, nodes, self.node_j if node_j is None else node_j)
@@ -238,13 +243,15 @@ class JobEnergy:
     def _close_here(self) -> _Closing | None:
         if self._meter is None:
             return None
-        node = None if self._node_meter is None else self._node_meter.audit()
+        node = None if self._node_meter is None else self._node_meter.closing_audit()
         try:
             reading = self._meter.read()
         except EnergyMeterError as error:
             failure = self.failure or str(error)
             return _Closing(Audit(validity="invalid", detail=failure), (), node)
-        return _Closing(self._meter.audit(), _told_apart(reading, self._meter), node)
+        meter = self._meter
+        audit = meter.closing_audit() if isinstance(meter, CommandMeter) else meter.audit()
+        return _Closing(audit, _told_apart(reading, meter), node)
 
     def _audit(self, audits: Sequence[Audit], total_j: float, problem: str | None) -> Audit:
         boundaries = {item.boundary for item in self._opened}

@@ -163,7 +163,8 @@ class Outputs:
             wall_s=progress.wall_s,
             world_size=world_size,
         )
-        self.journal.open(energy_record(progress, energy))
+        size = {"gpus": energy.num_gpus, "machines": energy.num_machines}
+        self.journal.open(energy_record(progress, energy) | size)
         for sink in self.sinks:
             sink.start(config.model_dump(mode="json"), config.train.steps)
 
@@ -310,7 +311,11 @@ def make_report(
     """What report.json says; every number is counted, metered or closed-form. Collective."""
     shape = shape_of(config.model)
     spent = energy.report(
-        progress.energy_j, wall_s=progress.wall_s, node_j=progress.node_j, problem=starts.problem
+        progress.energy_j,
+        wall_s=progress.wall_s,
+        node_j=progress.node_j,
+        problem=starts.problem,
+        sizes=starts.sizes,
     )
     quotable = progress.energy_j > 0 and spent.validity != "invalid"
     return Report(

@@ -199,6 +199,15 @@ def test_forced_balance_gives_every_expert_the_same_and_keeps_the_gradient():
 def test_share_of_peak_states_its_basis():
     assert gpu_of("NVIDIA GB200").name == "gb200"
     assert gpu_of("NVIDIA H100 80GB HBM3").name == "h100"
+    for other in (
+        "NVIDIA GH200 480GB",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H200 NVL",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    ):
+        assert gpu_of(other) is None
+    (tf32,) = of_peak("NVIDIA B200", 1e12, ("fp32",))
+    assert "dense TF32 peak" in tf32.basis
     assert of_peak("cpu", 1e9, ("bf16",)) == []
     wide, narrow = of_peak("NVIDIA H100 80GB HBM3", 0.5e12, precisions_in_use("bf16", "fp8"))
     assert wide.percent == pytest.approx(100 * 0.5e12 / (989e12 / 700))
@@ -252,6 +261,7 @@ def test_top_2_against_top_8_prints_intervals_and_writes_checked_lines(result):
     assert f"[{verdict.ratio.ci95_low:.4g}, {verdict.ratio.ci95_high:.4g}]" in text
     assert f"a is {verdict.verdict.upper()} against b" in text
     assert "forced balance, an UPPER BOUND" in text
+    assert "idle power, included: " in text and "power limit in force: " in text
     if natural[0].energy.source == "estimated":
         assert "ESTIMATED, not measured" in text
     for leg in legs:
@@ -268,12 +278,12 @@ def test_page_is_whole_in_itself(result, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("missing", ["source", "boundary", "validity", "description"])
+@pytest.mark.parametrize("missing", ["source", "boundary", "validity", "description", "levels"])
 def test_a_figure_of_energy_without_its_labels_is_refused(result, missing):
     for line in result[1].read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
         check(values)
-        if missing == "description" and values["kind"] != "leg":
+        if missing in ("description", "levels") and values["kind"] != "leg":
             continue
         del values["energy"][missing]
         with pytest.raises(InputError, match=rf"energy\.{missing}: Field required"):
@@ -311,6 +321,9 @@ def test_power_caps_need_the_flag(capsys):
         parse(["x.yaml", "--power-caps", "500,600"])
     assert "--allow-power-changes" in capsys.readouterr().err
     assert parse(["x.yaml", "--power-caps", "500,600", "--allow-power-changes"]).power_caps == (500, 600)
+    with pytest.raises(SystemExit):
+        parse(["x", "--power-caps", "500", "--allow-power-changes", "--repeats", "0", "--target-loss", "3"])
+    assert "--repeats 0 leaves none" in capsys.readouterr().err
 
 
 @pytest.mark.slow

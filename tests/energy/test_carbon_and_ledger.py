@@ -53,9 +53,10 @@ class Machine:
             "wall_s": 0.0,
         }
         self.parts_j: list[float] = []  # what each start really took
+        self.validity = "checked"
 
     def record(self) -> dict[str, Any]:
-        labels = {"energy_source": "nvml_counter", "energy_boundary": "gpu", "energy_validity": "checked"}
+        labels = {"energy_source": "nvml_counter", "energy_boundary": "gpu", "energy_validity": self.validity}
         return {**self.totals, "node_j": None, **labels}
 
     def start(self, steps: int, *, lost: int = 0, watts: float = 700.0, end: bool = False) -> None:
@@ -202,7 +203,8 @@ def test_what_no_source_states_is_unknown_and_so_is_what_follows(killed_twice, p
     ledger = make_ledger([killed_twice.run_dir], site=str(SITES / f"{place}.yaml"), hourly_factors=None)
     run = by_kind(ledger, "run")[0]
     assert (run.facility_kwh, run.yen, run.facility_co2_kg) == (None, None, None)
-    assert run.metered_co2_kg is not None
+    assert run.metered_co2_kg is None  # no source states a factor without certificates
+    assert any("give --hourly-factors" in note for note in ledger.notes)
     row = list(csv.DictReader(io.StringIO(csv_text(ledger))))[-1]
     assert {row[key] for key in ("pue", "facility_kwh", "yen", "facility_co2_kg", "yen_per_kwh")} == {
         "unknown"
@@ -238,6 +240,38 @@ def test_a_meter_that_failed_makes_the_run_unknown(tmp_path, site):
     assert by_kind(ledger, "run")[0].metered_kwh is None
     assert by_kind(ledger, "sum")[0].metered_kwh is None
     json.dumps(as_object(ledger), allow_nan=False)
+
+
+def test_a_start_that_was_checked_in_the_end_is_checked(tmp_path):
+    machine = Machine(tmp_path / "run")
+    for _ in range(2):
+        machine.validity = "unchecked"  # as in each start's first minute
+        machine.start(5)
+        machine.validity = "checked"
+        machine.start(5)
+    lines = (machine.run_dir / "energy.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    for entry in entries:
+        entry["start"] = (entry["start"] + 1) // 2  # two in one: it begins unchecked, and is checked then
+    path = machine.run_dir / "energy.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert read_run_energy(machine.run_dir).validity == "checked"
+    entries[-1]["validity"] = "invalid"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert read_run_energy(machine.run_dir).validity == "invalid"
+
+
+def test_invalid_joules_give_no_tokens_per_joule(killed_twice, tmp_path, site):
+    other = Machine(tmp_path / "other")
+    other.validity = "invalid"
+    other.start(7, end=True)
+    good = make_ledger([killed_twice.run_dir], site=site, hourly_factors=None)
+    assert all(entry.tokens_per_j is not None for entry in good.entries)
+    both = make_ledger([killed_twice.run_dir, other.run_dir], site=site, hourly_factors=None)
+    quoted = [entry for entry in both.entries if entry.tokens_per_j is not None]
+    assert {entry.validity for entry in quoted} == {"checked"}
+    assert by_kind(both, "sum")[0].tokens_per_j is None
+    assert by_kind(both, "sum")[0].metered_kwh is not None
 
 
 def test_two_runs_are_summed_and_none_twice(killed_twice, tmp_path, site):
@@ -311,6 +345,22 @@ def test_broken_factors_are_refused(tmp_path, text, message):
     (tmp_path / "f.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         read_hourly_factors(tmp_path / "f.csv")
+
+
+def test_the_page_says_which_factors_were_taken(killed_twice, tmp_path, site):
+    hourly = write_factors(tmp_path / "f.csv", lambda h: 100.0)
+    pages = [
+        html_text(
+            make_ledger([killed_twice.run_dir], site=site, hourly_factors=factors),
+            today=datetime.date(2026, 11, 24),
+        )
+        for factors in (None, hourly)
+    ]
+    by_year = ("one factor of the grid for a whole year", "系統排出係数(年間値)")
+    by_hour = ("factor of that hour", "その時間の系統排出係数")
+    for page, said, unsaid in zip(pages, (by_year, by_hour), (by_hour, by_year), strict=True):
+        assert all(text in page for text in said)
+        assert not any(text in page for text in unsaid)
 
 
 def test_the_sample_says_that_it_is_synthetic(killed_twice, site):

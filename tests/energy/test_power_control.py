@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 
 import pytest
 from simulated_gpus import DEFAULT_LIMIT_W, SimulatedGpu, simulated_nvml
@@ -99,6 +101,57 @@ def test_a_ctrl_c_while_settings_go_back_does_not_stop_it(gpus):
         signal.signal(signal.SIGINT, old)
     assert pressed
     assert settings(gpus) == before
+
+
+def test_a_ctrl_c_taken_by_another_thread_does_not_stop_it_either(gpus):
+    before, nvml = settings(gpus), simulated_nvml(gpus)
+    set_limit, done = nvml.nvmlDeviceSetPowerManagementLimit, threading.Event()
+    pressed, restored = [], []
+    other = threading.Thread(target=done.wait)  # as torch has many: it takes what the main thread blocks
+    other.start()
+
+    def interrupted(gpu, milliwatts):
+        if milliwatts == 700_000 and not pressed:
+            pressed.append(True)
+            signal.pthread_kill(other.ident, signal.SIGINT)
+            time.sleep(0.1)  # until it has come, and Python would raise
+        set_limit(gpu, milliwatts)
+        restored.append(gpu.uuid)
+
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with PowerControl(nvml, UUIDS, allowed=True) as control:
+            control.set_power_limit(400)
+            restored.clear()
+            nvml.nvmlDeviceSetPowerManagementLimit = interrupted
+            with pytest.raises(KeyboardInterrupt):
+                control.restore()
+            assert restored == UUIDS  # it is delivered, but after both are back
+            assert settings(gpus) == before
+    finally:
+        signal.signal(signal.SIGINT, old)
+        done.set()
+        other.join()
+
+
+def test_without_rights_the_error_is_theirs_and_nothing_is_put_back(gpus):
+    nvml = simulated_nvml(gpus, may_set=False)
+    with PowerControl(nvml, UUIDS, allowed=True) as control:
+        for change in (lambda: control.set_power_limit(400), lambda: control.lock_clock(1200)):
+            with pytest.raises(InputError, match="rights of an administrator"):
+                change()
+        assert control.undo_commands == []
+
+
+def test_only_what_was_changed_is_to_be_undone(gpus):
+    with PowerControl(simulated_nvml(gpus), UUIDS, allowed=True) as control:
+        control.set_power_limit(400)
+        limits = ["nvidia-smi -i GPU-a -pl 700", "nvidia-smi -i GPU-b -pl 650"]
+        assert control.undo_commands == limits
+        control.lock_clock(1200)
+        assert len(control.undo_commands) == 4
+        control.restore()
+        assert control.undo_commands == []
 
 
 def test_missing_rights_are_said_and_what_was_changed_goes_back(gpus):

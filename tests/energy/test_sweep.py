@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from simulated_gpus import MOST_MHZ, SimulatedGpu, simulated_nvml
 
+from moe.config import load_config
+from moe.energy import sweep as sweep_module
+from moe.energy import training_leg
 from moe.energy.grid import AS_FOUND, Setting, parse_grid, parse_share
 from moe.energy.power_control import PowerControl
 from moe.energy.steady_state import Rule
-from moe.energy.sweep import SweepWatch, _control_of, best_point
+from moe.energy.sweep import SweepWatch, _control_of, best_point, sweep
 from moe.energy.watch import Machines
 from moe.errors import InputError
 from moe.metering.energy import EnergyMeterError
@@ -108,8 +114,62 @@ def test_a_cpu_and_several_machines_are_refused():
             pass
 
 
+def test_the_first_change_says_once_how_to_undo_it():
+    gpu, notes = SimulatedGpu("GPU-a"), []
+    with PowerControl(simulated_nvml([gpu]), ["GPU-a"], allowed=True) as control:
+        train(SweepWatch(control, CAPS, rule=RULE, note=notes.append), gpu)
+    undo = [i for i, text in enumerate(notes) if "nvidia-smi -i GPU-a -pl 700" in text]
+    assert undo == [1]  # after the window as found, before any under a cap
+
+
+class Job:
+    """A job on one simulated GPU: the engine notes the power limit that it closes under."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, validity: str, fails: bool) -> None:
+        self.gpu = SimulatedGpu("GPU-a")
+        self.closed_at_w: list[float] = []
+        self.fails = fails
+        self.energy = SimpleNamespace(
+            source="nvml_counter", boundary="gpu", validity=validity, validity_detail="5 % apart"
+        )
+        nvml = simulated_nvml([self.gpu])
+        monkeypatch.setattr(sweep_module, "open_nvml", lambda: contextlib.nullcontext(nvml))
+        monkeypatch.setattr(training_leg, "make_engine", lambda _: self)
+        monkeypatch.setattr(training_leg, "_train", self.train)
+
+    def train(self, _engine, _config, make_watch, _note):
+        watch = make_watch(Machines(("one",), ("GPU-a",), ("GPU-a",)))
+        train(watch, self.gpu)
+        if self.fails:
+            watch._control.set_power_limit(400)
+            raise EnergyMeterError("broken")
+        return SimpleNamespace(energy=self.energy)
+
+    def close(self) -> None:
+        self.closed_at_w.append(self.gpu.limit_w)
+
+    def sweep(self):
+        recipe = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+        config = load_config(recipe, [], world_size=1)
+        return sweep(config, CAPS, rule=RULE, max_slowdown=0.1, allowed=True, note=lambda _: None)
+
+
+def test_settings_go_back_before_the_engine_closes(monkeypatch):
+    job = Job(monkeypatch, validity="checked", fails=True)
+    with pytest.raises(EnergyMeterError, match="broken"):
+        job.sweep()
+    assert job.closed_at_w == [700.0]
+
+
+def test_a_sweep_with_invalid_energy_gives_no_result(monkeypatch):
+    assert Job(monkeypatch, validity="checked", fails=False).sweep().points
+    with pytest.raises(EnergyMeterError, match="not to be quoted: 5 % apart"):
+        Job(monkeypatch, validity="invalid", fails=False).sweep()
+
+
 def test_grids_and_shares():
     assert parse_grid("400:500:50", "power_cap_w") == [Setting(400), Setting(450), Setting(500)]
+    assert parse_grid("400:650:100", "power_cap_w") == [Setting(400), Setting(500), Setting(600)]
     assert parse_grid("1200,900", "clock_mhz") == [Setting(None, 1200), Setting(None, 900)]
     assert (parse_share("3%"), parse_share("0.03"), parse_share("0")) == (0.03, 0.03, 0.0)
     for text in ("a", "1:2", "5:1:1", "-3"):

@@ -51,7 +51,7 @@ def there_and_back(
     routing = Routing(ids_TK, weights_TK, ids_TK.flatten().bincount(minlength=E))
     with CountOurOps() as ours:
         dispatched = dispatcher.dispatch(x_TD, routing)
-        y_TD = dispatcher.combine(experts(dispatched), dispatched)
+        y_TD = dispatcher.combine(experts(dispatched.x_RD, dispatched), dispatched)
     return {"y": y_TD.detach(), **gradients(y_TD, cotangent_TD, x=x_TD, weights=weights_TK)}, ours.calls
 
 

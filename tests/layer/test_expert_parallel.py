@@ -37,7 +37,7 @@ def through_experts(
     counts_E = tokens["ids"].flatten().bincount(minlength=E)
     routing = Routing(tokens["ids"], weights_TK, counts_E)
     dispatched = dispatcher.dispatch(x_TD, routing)
-    y_TD = dispatcher.combine(experts(dispatched), dispatched)
+    y_TD = dispatcher.combine(experts(dispatched.x_RD, dispatched), dispatched)
     parameters = dict(experts.named_parameters())
     grads = gradients(y_TD, tokens["cotangent"], x=x_TD, weights=weights_TK, **parameters)
     return {"y": y_TD.detach(), **grads}

@@ -169,7 +169,7 @@ def test_rounding_leaves_out_the_dropped_pairs_in_training_only(rounding):
     full = plain.router(x_SBD.flatten(0, 1))
     kept = Routing(full.ids_TK, full.weights_TK.masked_fill(dropped_TK, 0), full.counts_E)
     dispatched = plain.dispatcher.dispatch(x_SBD.flatten(0, 1), kept)
-    expected_TD = plain.dispatcher.combine(plain.experts(dispatched), dispatched)
+    expected_TD = plain.dispatcher.combine(plain.experts(dispatched.x_RD, dispatched), dispatched)
     actual_TD = layer(x_SBD).y.flatten(0, 1)
     assert_close("y", actual_TD, expected_TD)
     cotangent_TD = torch.randn(21, D)

@@ -60,6 +60,28 @@ def test_what_no_constant_is_stated_for_stays_unknown_outwards() -> None:
     assert (facility.basis, "energy.pue" in facility.source) == ("unknown", True)
 
 
+def test_starts_of_another_size_leave_what_is_added_for_each_gpu_unknown() -> None:
+    _, node, fabric, facility = stack_levels(GPUS, replace(AROUND, gpus_vary=True))
+    assert {(level.basis, level.energy_j) for level in (node, fabric, facility)} == {("unknown", None)}
+    assert "different numbers of GPUs" in node.source
+    bmc = Level(boundary="node", basis="measured", source="a BMC", energy_j=2e6)
+    for around in (
+        replace(AROUND, gpus_vary=True),
+        replace(AROUND, machines_vary=True),
+        replace(AROUND, machines_vary=True, num_machines=1),
+    ):
+        _, node, fabric, _ = stack_levels(GPUS, around, node=bmc)
+        assert (node.basis, fabric.basis) == ("measured", "unknown")
+        assert "different numbers of GPUs or machines" in fabric.source
+
+
+def test_measured_machine_below_the_gpus_inside_it_is_refused() -> None:
+    node = Level(boundary="node", basis="measured", source="a BMC", energy_j=1.1e6)
+    _, *outside = stack_levels(GPUS, AROUND, node=node)
+    assert {(level.basis, level.energy_j) for level in outside} == {("unknown", None)}
+    assert "1.1e+06 J (a BMC), but 1.12e+06 J of gpu inside it" in outside[0].source
+
+
 def test_failed_meter_has_no_figure_at_any_boundary() -> None:
     levels = stack_levels(GPUS.model_copy(update={"energy_j": None}), AROUND)
     assert {level.energy_j for level in levels} == {None}

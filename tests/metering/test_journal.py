@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe.errors import InputError
-from moe.metering.journal import JOURNAL_FILE, PERIOD_S, EnergyJournal, read_journal
+from moe.metering.journal import JOURNAL_FILE, PERIOD_S, EnergyJournal, read_journal, starts_of
 
 
 def record(step: int, energy_j: float) -> dict[str, Any]:
@@ -64,6 +64,14 @@ def test_starts_add_up_and_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
     ]
     assert entries[-1]["energy_j"] is None
     assert (tmp_path / JOURNAL_FILE).read_text().count("\n") == 3
+
+
+def test_starts_have_the_sizes_that_they_began_with(tmp_path: Path) -> None:
+    for gpus in (8, 16, 16):
+        journal = EnergyJournal(tmp_path)
+        journal.open(record(0, 0.0) | {"gpus": gpus, "machines": 2})
+        journal.end(record(2, 3.0))
+    assert starts_of(read_journal(tmp_path)).sizes == {(8, 2), (16, 2)}
 
 
 def test_damaged_journal_is_named(tmp_path: Path) -> None:

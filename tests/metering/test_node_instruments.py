@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import netrc
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from moe.metering.command_meter import COUNTER_STALL_S, CommandMeter
 from moe.metering.energy import EnergyMeterError
 from moe.metering.estimate import PowerModel
 from moe.metering.gpu_meter import GpuMeter
-from moe.metering.node_readers import main
+from moe.metering.node_readers import _authorization, main
 
 MODEL = PowerModel(idle_w=1, active_w_per_core=1, provenance="this test")
 
@@ -85,6 +86,25 @@ def test_command_whose_counter_stands_still_is_flagged(answer: Path) -> None:
     meter.close()
 
 
+@pytest.mark.parametrize(
+    ("step_j", "steps", "validity"),
+    [(3_600_000, 0, "invalid"), (3_600_000, 20, "invalid"), (3_600_000, 40, "unchecked")],
+)
+def test_counter_whose_steps_are_coarse_for_the_run_is_flagged_at_the_end(
+    step_j: int, steps: int, validity: str, answer: Path
+) -> None:
+    answer.write_text("1000000 J\n")
+    meter = CommandMeter(["cat", str(answer)], period_s=0.005)
+    for step in range(1, steps + 1):
+        say(answer, f"{1_000_000 + step * step_j} J\n")
+        wait_for(meter, step * step_j)
+    assert meter.audit().validity == "unchecked"
+    audit = meter.closing_audit()
+    meter.close()
+    assert audit.validity == validity
+    assert ("too coarse for this run" in audit.detail) == (validity == "invalid")
+
+
 def test_command_that_begins_to_fail_is_an_error_not_a_zero(answer: Path) -> None:
     meter = CommandMeter(["cat", str(answer)], period_s=0.01)
     answer.unlink()
@@ -142,6 +162,11 @@ class Bmc(BaseHTTPRequestHandler):
     }
 
     def do_GET(self) -> None:
+        if self.path.endswith("/Moved"):
+            self.send_response(302)
+            self.send_header("Location", self.path.replace("/Moved", "/Power"))
+            self.end_headers()
+            return
         resource = self.resources.get(self.path)
         self.send_response(404 if resource is None else 200)
         self.end_headers()
@@ -173,6 +198,7 @@ def _no_netrc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("/EnvironmentMetrics", 0, "700 W\n"),
         ("", 1, "neither PowerControl"),
         ("/Nothing", 1, "404"),
+        ("/Moved", 1, "302"),
     ],
 )
 def test_redfish_reader(
@@ -181,6 +207,33 @@ def test_redfish_reader(
     assert main(["redfish", bmc + resource]) == code
     out, err = capsys.readouterr()
     assert (out == text and err == "") if code == 0 else (out == "" and text in err)
+
+
+def write_netrc(home: Path, text: str) -> None:
+    (home / ".netrc").write_text(text)
+    (home / ".netrc").chmod(0o600)
+
+
+def test_redfish_reader_goes_through_no_proxy(
+    bmc: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert main(["redfish", f"{bmc}/Power"]) == 0
+    assert capsys.readouterr().out == "6512.5 W\n"
+
+
+def test_password_goes_to_its_own_host_over_https_alone(
+    bmc: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_netrc(tmp_path, "machine 127.0.0.1 login root password secret\ndefault login me password other\n")
+    assert main(["redfish", f"{bmc}/Power"]) == 1
+    message = capsys.readouterr().err
+    assert ("over https:// only" in message, "secret" in message) == (True, False)
+    assert _authorization("https://127.0.0.1/redfish") == {"Authorization": "Basic cm9vdDpzZWNyZXQ="}
+    assert netrc.netrc().authenticators("bmc.example") == ("me", "", "other")
+    assert _authorization("https://bmc.example/redfish") == {}
 
 
 def test_redfish_reader_takes_no_file_for_a_bmc(capsys: pytest.CaptureFixture[str]) -> None:

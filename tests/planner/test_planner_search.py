@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import subprocess
@@ -16,7 +17,8 @@ from moe.config import load_config
 from moe.errors import InputError
 from moe.planner.command import Request, run_request
 from moe.planner.hardware_file import find_gpu
-from moe.planner.search import search
+from moe.planner.layout import Layout
+from moe.planner.search import as_overrides, search
 from moe.planner.settings import load_plan_config, make_job, searched_job
 from moe.planner.site import Site, load_site
 from moe.planner.step import step_time
@@ -138,6 +140,18 @@ def test_layout_that_training_refuses_is_named() -> None:
     assert "train.eval_sequences=100" in reason
 
 
+def test_overrides_say_all_of_a_layout_also_over_a_recipe_with_one_of_its_own() -> None:
+    recipe = QUICKSTART.with_name("deepseek-v3-671b.yaml")
+    config = load_plan_config(recipe)
+    assert config.parallel.vpp > 1
+    wanted = Layout(gpus=1024, tp=1, pp=8, vpp=1, ep=8)
+    job = dataclasses.replace(
+        searched_job(config, 1024, find_gpu("h100")), layout=wanted, stage_layers=(), micro_batch=2
+    )
+    again = make_job(load_plan_config(recipe, as_overrides(job)), 1024, find_gpu("h100"))
+    assert (again.layout, again.stage_layers, again.micro_batch) == (wanted, (), 2)
+
+
 def test_what_cannot_fit_says_by_how_many_bytes() -> None:
     config = load_plan_config(KIMI)
     with pytest.raises(InputError, match=r"short by [\d,]+ bytes"):
@@ -170,7 +184,8 @@ def test_site_limits_gpus_by_power() -> None:
     run, energy = values["campaign"], values["energy"]
     watts_each = energy["facility_w"] / 512
     assert run["site_gpus"] == int(50e6 / watts_each)
-    assert run["t_co2"] == pytest.approx(run["mwh"] * 0.538)
+    assert run["t_co2"] == pytest.approx(run["mwh"] * 0.485)  # Japan's: no source states the site's own
+    assert "grid_g_per_kwh" in values["site"]["assumed"]
     assert values["site"]["name"] == "Tomakomai"
 
 

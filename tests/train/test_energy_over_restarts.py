@@ -23,9 +23,9 @@ from moe.config import load_config
 from moe.config.schema import RunConfig
 from moe.engine.base import EvalResult, Layout, StepResult
 from moe.metering.energy import Audit, EnergyMeterError, EnergyReading
-from moe.metering.journal import read_journal, starts_of
+from moe.metering.journal import EnergyJournal, read_journal, starts_of
 from moe.metering.report import Report, read_report, write_report
-from moe.train.folder import REPORT_FILE, spent_before
+from moe.train.folder import REPORT_FILE, log_start, spent_before
 from moe.train.job_energy import JobEnergy
 from moe.train.loop import Loop, Progress, energy_record, progress_from
 from moe.train.run import Outputs, make_report
@@ -228,6 +228,37 @@ def test_meter_that_failed_in_an_earlier_start_leaves_the_campaign_unknown(
     assert (report.campaign.campaign_j, report.campaign.goodput) == (None, None)
     assert metrics(run_dir)[-1]["energy_j"] is None
     assert metrics(run_dir)[-1]["energy_validity"] == "invalid"
+
+
+def test_machines_whose_instrument_failed_in_an_earlier_start_stay_unknown(tmp_path: Path) -> None:
+    labels = {"energy_source": "rapl", "energy_boundary": "node", "energy_validity": "unchecked"}
+    lines: list[dict[str, Any]] = [
+        labels | {"step": step, "energy_j": joules, "wall_s": joules}
+        for step, joules in enumerate((0.0, 5.0))
+    ]
+    log_start(tmp_path, step=0, energy_j=0.0, wall_s=0.0, world_size=1)
+    journal = EnergyJournal(tmp_path)
+    journal.open(lines[0] | {"node_j": 0.0})
+    journal.end(lines[1] | {"node_j": 8.0})
+    assert spent_before(tmp_path).node_j == 8
+    EnergyJournal(tmp_path).end(lines[1] | {"node_j": math.nan})
+    spent = spent_before(tmp_path)
+    assert math.isnan(spent.node_j)
+    assert (spent.energy_j, spent.wall_s) == (5, 5)
+
+
+def test_start_on_another_number_of_gpus_is_told_in_the_report(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    start(config, run_dir, Meter("nvml_counter", "gpu"), monkeypatch, killed_in=6)
+    journal = run_dir / "energy.jsonl"
+    assert (entry := read_journal(run_dir)[0])["gpus"] == 0
+    journal.write_text(journal.read_text().replace('"gpus": 0', '"gpus": 8'))
+    report = start(config, run_dir, Meter("nvml_counter", "gpu"), monkeypatch, killed_in=None)
+    assert report is not None
+    assert (entry["machines"], report.energy.levels[1].basis) == (1, "unknown")
+    assert "different numbers of GPUs" in report.energy.levels[1].source
 
 
 def test_instruments_that_disagree_flag_every_output(

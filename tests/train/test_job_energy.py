@@ -96,7 +96,7 @@ def replayed(folder: str, node: bool) -> tuple[Energy, float]:
     settings = EnergySection(node_command=command_of(folder) if node else ())
     energy, _ = open_energy(settings, meter)
     energy_j = energy.read_j()
-    report = energy.report(energy_j, wall_s=70.0, node_j=80_000.0 if node else None)
+    report = energy.report(energy_j, wall_s=70.0, node_j=160_000.0 if node else None)
     energy.close()
     return report, energy_j
 
@@ -108,7 +108,7 @@ def test_gpus_of_two_machines_are_spread_and_cross_checked(
     write_trace(tmp_path / "trace0.jsonl", watts={"GPU-a": 500, "GPU-b": 480}, counted=1.0, seconds=70)
     write_trace(tmp_path / "trace1.jsonl", watts={"GPU-c": 520, "GPU-d": 500}, counted=counted, seconds=70)
     for name in ("machine0", "machine1"):
-        (tmp_path / name).write_text("900 W")
+        (tmp_path / name).write_text("1200 W")
     for report, energy_j in two_machines.run(replayed, str(tmp_path), True):
         assert energy_j == report.total_j == pytest.approx((980 + 1020 * counted) * 70, rel=2e-3)
         assert report.validity == validity
@@ -120,8 +120,55 @@ def test_gpus_of_two_machines_are_spread_and_cross_checked(
         assert (spread.devices, spread.min_device, spread.max_device) == (4, "GPU-b", "GPU-c")
         assert spread.min_j == pytest.approx(480 * 70, rel=2e-3)
         gpu, node, fabric, facility = report.levels
-        assert (node.basis, node.energy_j) == ("measured", 80_000)
+        assert (node.basis, node.energy_j) == ("measured", 160_000)
         assert [level.basis for level in (gpu, fabric, facility)] == ["measured", "unknown", "unknown"]
+
+
+def after_a_smaller_start(folder: str) -> tuple[Energy, Energy]:
+    """Reports of a run on GPUs whose starts had the same size, and of one whose did not."""
+    energy, _ = open_energy(EnergySection(), ReplayMeter(Path(folder, f"trace{dist.get_rank()}.jsonl")))
+    energy_j = energy.read_j()
+    reports = [energy.report(energy_j, wall_s=70.0, sizes=sizes) for sizes in ({(8, 2)}, {(8, 2), (4, 1)})]
+    energy.close()
+    return reports[0], reports[1]
+
+
+def test_nothing_is_added_for_each_gpu_where_the_starts_had_different_ones(
+    two_machines: RankPool, tmp_path: Path
+) -> None:
+    for rank in range(2):
+        write_trace(tmp_path / f"trace{rank}.jsonl", watts={"GPU-a": 500}, counted=1.0, seconds=70)
+    for same, varying in two_machines.run(after_a_smaller_start, str(tmp_path)):
+        assert same.levels[1].basis == "estimated"
+        assert [level.basis for level in varying.levels] == ["measured", "unknown", "unknown", "unknown"]
+        assert "different numbers of GPUs" in varying.levels[1].source
+
+
+def coarse_counters(folder: str) -> tuple[Energy, Energy]:
+    """Reports of node counters that never moved: as the job's meter, and beside one of GPUs."""
+    replay = ReplayMeter(Path(folder, f"trace{dist.get_rank()}.jsonl"))
+    reports = []
+    for settings, meter in (
+        (EnergySection(meter="command", node_command=command_of(folder)), None),
+        (EnergySection(node_command=command_of(folder)), replay),
+    ):
+        energy, _ = open_energy(settings, meter)
+        reports.append(energy.report(energy.read_j()))
+        energy.close()
+    return reports[0], reports[1]
+
+
+def test_counter_of_machines_that_never_moved_is_no_measured_zero(
+    two_machines: RankPool, tmp_path: Path
+) -> None:
+    for rank in range(2):
+        write_trace(tmp_path / f"trace{rank}.jsonl", watts={"GPU-a": 500}, counted=1.0, seconds=70)
+        (tmp_path / f"machine{rank}").write_text("3600000 J")
+    for alone, beside in two_machines.run(coarse_counters, str(tmp_path)):
+        assert alone.validity == "invalid"
+        assert "too coarse" in alone.validity_detail
+        node = beside.levels[1]
+        assert (node.basis, node.energy_j, "too coarse" in node.source) == ("unknown", None, True)
 
 
 def mixed(folder: str) -> Energy:
