@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import gc
 import importlib.metadata
@@ -24,6 +25,8 @@ MIN_REPEATS = 5
 BAD_INPUT = 2  # exit code, as of the command line
 # More than twice the L2 cache of an H200 (50 MB) or a B200 (126 MB).
 FLUSH_BYTES = 256 * 2**20
+# glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 Name = TypeVar("Name")
 Mark = Callable[[], None]
@@ -53,6 +56,8 @@ def time_interleaved_ms(steps: Mapping[Name, Step], *, budget_s: float, device: 
         budget_s: seconds for all of them together; each runs at least MIN_REPEATS times.
         device: `cuda` times by events on the GPU, whose cache is emptied before each call.
     """
+    if device == "cpu":
+        keep_freed_memory()
     lap = _cuda_lap() if device == "cuda" else _cpu_lap
     for step in steps.values():
         lap(step)
@@ -63,6 +68,21 @@ def time_interleaved_ms(steps: Mapping[Name, Step], *, budget_s: float, device: 
         for name, step in steps.items():
             samples[name].append(lap(step))
     return samples
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse what it frees.
+
+    glibc gives large freed blocks back to the system, or keeps them, by what was freed before. The system's
+    price for a page's first touch, which differs from moment to moment, then falls on whichever step comes
+    next: on half a layer's memory, and a tenth of its time (mallopt(3)).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        if mallopt(parameter, value) != 1:
+            raise RuntimeError(f"mallopt({parameter}, {value}) failed")
 
 
 def _cpu_lap(step: Step) -> tuple[float, ...]:

@@ -1,6 +1,8 @@
-"""Experts shared between threads of the CPU: each computes whole experts, alone.
+"""Experts, and rows, shared between threads of the CPU: each computes its own, alone.
 
 Threads that share one small product wait for each other at every step: slow, and very slow on a busy machine.
+Those of OpenMP also wait actively for milliseconds after it, and take that time from ours: what comes between
+the experts' products is therefore shared out here, too.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 Expert = tuple[int, slice]  # its number and its rows
+CHUNK_ROWS = 256
 
 
 def share_experts(work: Callable[[int, slice], None], experts: Iterable[Expert]) -> None:
@@ -29,6 +32,12 @@ def share_experts(work: Callable[[int, slice], None], experts: Iterable[Expert])
             work(expert, rows)
         return
     _in_threads(work, queue, num_threads)
+
+
+def share_rows(work: Callable[[slice], None], num_rows: int) -> None:
+    """Call work(rows) for chunks of rows that together are all; like `share_experts`."""
+    chunks = [(0, slice(start, start + CHUNK_ROWS)) for start in range(0, num_rows, CHUNK_ROWS)]
+    share_experts(lambda _, rows: work(rows), chunks)
 
 
 def _in_threads(work: Callable[[int, slice], None], queue: list[Expert], num_threads: int) -> None:

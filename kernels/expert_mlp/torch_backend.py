@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.kernels.expert_mlp.activation import activated, activation_backward, gated
-from moe.kernels.expert_mlp.huge_pages import empty_in_huge_pages
-from moe.kernels.expert_mlp.threads import share_experts
+from moe.kernels.expert_mlp.threads import share_experts, share_rows
 from moe.kernels.expert_mlp.variant import PLAIN, Variant
 from moe.kernels.grouped_gemm.torch_backend import rows_of_experts
 
@@ -33,8 +32,8 @@ def expert_mlp_fwd(
 ) -> tuple[Tensor, Tensor]:
     """y_TD and h_NG; contiguous inputs that `expert_mlp` has checked."""
     tokens_N, weights_N1 = _tokens_and_weights(weights_TK, index)
-    h_NG = empty_in_huge_pages(x_TD, weights_TK.numel(), w_gate_up_eGD.shape[1])
-    y_ND = empty_in_huge_pages(x_TD, weights_TK.numel(), x_TD.shape[1])
+    h_NG = x_TD.new_empty(weights_TK.numel(), w_gate_up_eGD.shape[1])
+    y_ND = x_TD.new_empty(weights_TK.numel(), x_TD.shape[1])
 
     def forward(expert: int, rows: slice) -> None:
         tokens_R, weights_R1 = tokens_N[rows], weights_N1[rows]
@@ -65,7 +64,7 @@ def expert_mlp_bwd(
     tokens_N, weights_N1 = _tokens_and_weights(weights_TK, index)
     grad_gate_up_eGD, grad_down_eDF = (_zero_if_unused(w, index) for w in (w_gate_up_eGD, w_down_eDF))
     grad_biases = tuple(torch.zeros_like(bias) for bias in variant.biases or ())
-    grad_x_ND = empty_in_huge_pages(x_TD, weights_TK.numel(), x_TD.shape[1])
+    grad_x_ND = x_TD.new_empty(weights_TK.numel(), x_TD.shape[1])
     grad_weights_N = weights_TK.new_zeros(weights_TK.numel())  # those of sentinels stay zero
 
     def backward(expert: int, rows: slice) -> None:
@@ -110,7 +109,7 @@ def _tokens_and_weights(weights_TK: Tensor, index: Index) -> tuple[Tensor, Tenso
 
 def _zero_if_unused(weight: Tensor, index: Index) -> Tensor:
     """Memory for a gradient, zero for experts without rows; the others are written later."""
-    grad = empty_in_huge_pages(weight, *weight.shape)
+    grad = torch.empty_like(weight)
     used = {expert for expert, _ in rows_of_experts(index[2])}
     for expert in set(range(len(weight))) - used:
         grad[expert] = 0
@@ -121,4 +120,10 @@ def _sum_of_pairs(y_ND: Tensor, weights_TK: Tensor, index: Index) -> Tensor:
     """Sum of each token's rows, in fp32 or wider inside; rows of no expert count as zeros."""
     _, inverse_N, ends_e = index
     y_ND[int(ends_e[-1]) :] = 0
-    return F.embedding_bag(inverse_N.view(weights_TK.shape), y_ND, mode="sum")
+    inverse_TK, y_TD = inverse_N.view(weights_TK.shape), y_ND.new_empty(len(weights_TK), y_ND.shape[1])
+
+    def add_up(tokens: slice) -> None:
+        y_TD[tokens] = F.embedding_bag(inverse_TK[tokens], y_ND, mode="sum")
+
+    share_rows(add_up, len(y_TD))
+    return y_TD
