@@ -13,23 +13,23 @@ changed only with --power-caps and --allow-power-changes, and always put back.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import joules_to_loss
 from benchmarks.harness import progress
 from benchmarks.rendezvous import Rendezvous
-from benchmarks.tokens_per_joule_legs import Case, Session, run_leg
+from benchmarks.tokens_per_joule_legs import Case, Session, run_leg, uncapped
 from benchmarks.tokens_per_joule_record import Leg, Record, TargetLoss, write_lines
 from benchmarks.tokens_per_joule_summary import judge, summarize
 from benchmarks.tokens_per_joule_text import as_text
 from moe.config import load_config
-from moe.energy.power_control import PowerControl, open_nvml
+from moe.energy.power_control import open_nvml, power_capped
 from moe.energy.steady_state import FULL, RULES, SHORT
 from moe.errors import InputError, MoeError
 from moe.quiet import quiet_third_party
@@ -102,15 +102,13 @@ def measure(args: argparse.Namespace) -> list[Record]:
         MoeError: a recipe is wrong, a window could not be completed, or the meter failed.
     """
     cases = _cases(args)
-    session = Session(uuid.uuid4().hex[:12], RULES[args.mode or _mode(cases)], _note, Rendezvous())
+    rule = RULES[args.mode or _mode(cases)]
+    capped = _capping(allowed=args.allow_power_changes) if args.power_caps else uncapped
+    session = Session(uuid.uuid4().hex[:12], rule, _note, Rendezvous(), capped)
     records: list[Record] = []
-    if args.power_caps:
-        with _power_control(allowed=args.allow_power_changes) as set_limit:
-            for cap_w in args.power_caps:
-                set_limit(cap_w)
-                records += _windows(cases, session, args, cap_w)
-    elif args.repeats:
-        records += _windows(cases, session, args, None)
+    if args.repeats:
+        for cap_w in args.power_caps or (None,):
+            records += _windows(cases, session, args, cap_w)
     if args.target_loss is not None:
         records += _losses(cases, session, args)
     return records
@@ -187,9 +185,8 @@ def _seeded(case: Case, seed: int) -> Case:
     return replace(case, config=config.model_copy(update={"run": run, "train": train}))
 
 
-@contextlib.contextmanager
-def _power_control(*, allowed: bool) -> Iterator[Callable[[float], None]]:
-    """A function that caps the GPUs of this machine; of one machine only, for rank 0 reaches no other."""
+def _capping(*, allowed: bool) -> Callable[[float], AbstractContextManager[None]]:
+    """What caps the GPUs of this machine for a leg; of one machine only, for rank 0 reaches no other."""
     import torch
 
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -198,11 +195,15 @@ def _power_control(*, allowed: bool) -> Iterator[Callable[[float], None]]:
     if not torch.cuda.is_available():
         raise InputError("--power-caps needs GPUs; torch sees none here")
     if _rank() != 0:
-        yield lambda _: None
-        return
+        return uncapped
     uuids = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(ranks_here)]
-    with open_nvml() as nvml, PowerControl(nvml, uuids, allowed=allowed) as control:
-        yield control.set_power_limit
+
+    @contextmanager
+    def capped(watts: float) -> Iterator[None]:
+        with open_nvml() as nvml, power_capped(nvml, uuids, watts, allowed=allowed, note=_note):
+            yield
+
+    return capped
 
 
 def _say(leg: Leg) -> None:

@@ -19,6 +19,8 @@ from moe.durable import write_atomically
 
 ROOT = Path(__file__).parents[1]
 COMPILED = "compiled-kernels.json"
+# FP8 is for the tensor cores of Hopper, MXFP8 for those that apply its scales.
+COMPILED_SHOWN = (("bf16", 90), ("bf16", 100), ("fp8", 90), ("mxfp8", 100))
 NO_GPU = (
     "No GPU has run this yet, so there is no figure for one; `scripts/gpu_suite.sh` makes the file that "
     "fills this place."
@@ -100,36 +102,28 @@ def speed(results: Path) -> str:
 
 
 def compiled_block(path: Path) -> str:
-    """A table of the file of tests/shipped_kernels.py: its first shape, in bf16."""
+    """A table of the file of tests/shipped_kernels.py: products of its first shape, FP8 where each is for."""
     result = json.loads(path.read_text(encoding="utf-8"))
-    shape = result["rows"][0]["shape"]
+    rows, shape = result["rows"], result["rows"][0]["shape"]
+    kernels, spilling = {row["kernel"] for row in rows}, sum(row["spill_bytes"] > 0 for row in rows)
+    titles = ("product", "kernel", "operands", "tile M, N, K", "GPU")
+    titles += ("registers", "spilled bytes", "shared KiB", "tensor-core instructions")
     lines = [
-        f"Compiled by triton {result['triton']} for H100 (sm_90) and B200 (sm_100) at the sizes of {shape}, "
-        f"from [`{path.name}`](benchmarks/results/{path.name}):",
+        f"Compiled by triton {result['triton']} for H100 (sm_90) and B200 (sm_100): {len(kernels)} kernels "
+        f"in {len(rows)} configurations, {spilling or 'none'} of which spill. The products at the sizes of "
+        f"{shape}, from [`{path.name}`](benchmarks/results/{path.name}):",
         "",
-        _line(
-            [
-                "product",
-                "kernel",
-                "tile M, N, K",
-                "GPU",
-                "registers",
-                "spilled bytes",
-                "shared KiB",
-                "tensor-core instructions",
-            ]
-        ),
-        "|" + "---|" * 8,
+        _line(titles),
+        "|" + "---|" * len(titles),
     ]
-    for row in result["rows"]:
-        if row["shape"] == shape and row["dtype"] == "bf16":
+    for row in rows:
+        if row["shape"] == shape and row["tile"] and (row["dtype"], row["capability"]) in COMPILED_SHOWN:
             tile = ", ".join(map(str, row["tile"]))
             kernel = row["kernel"].removesuffix("_kernel")
             shared = f"{row['shared_bytes'] / 1024:.0f}"
             counts = [row["registers"], row["spill_bytes"], shared, row["tensor_core_instructions"]]
-            lines.append(
-                _line([row["product"], f"`{kernel}`", tile, f"sm_{row['capability']}", *map(str, counts)])
-            )
+            names = [row["product"], f"`{kernel}`", row["dtype"], tile, f"sm_{row['capability']}"]
+            lines.append(_line([*names, *map(str, counts)]))
     return "\n".join(lines)
 
 

@@ -44,14 +44,20 @@ class Case:
     config: RunConfig
 
 
+def uncapped(_watts: float) -> contextlib.AbstractContextManager[None]:
+    """On a rank that changes no power limit."""
+    return contextlib.nullcontext()
+
+
 @dataclass(frozen=True)
 class Session:
-    """What all legs of one call share."""
+    """What all legs of one call share; `capped` limits the power of this rank's machine."""
 
     run_id: str
     rule: Rule
     note: Callable[[str], None]
     rendezvous: Rendezvous
+    capped: Callable[[float], contextlib.AbstractContextManager[None]] = uncapped
     _noted: set[str] = field(default_factory=set, init=False)
 
     def note_once(self, text: str) -> None:
@@ -71,8 +77,12 @@ def run_leg(
         EnergyMeterError: the meter failed.
     """
     watch = _Watch(session)
-    with forced_balance() if forced else contextlib.nullcontext():
-        trained = train_watched(_without_evaluations(case.config), watch.on, session.note)
+    config = _without_evaluations(case.config)
+    with forced_balance() if forced else contextlib.nullcontext(), contextlib.ExitStack() as settings:
+        if power_cap_w is not None:
+            settings.enter_context(session.capped(power_cap_w))
+        # Limits go back before the engine closes, which waits for other ranks that may be gone.
+        trained = train_watched(config, watch.on, session.note, before_close=settings.close)
     if trained is None:
         return None
     window = watch.steady.window

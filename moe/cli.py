@@ -171,8 +171,8 @@ def plan(
 ) -> None:
     """Know memory, step time, energy and cost before a GPU starts.
 
-    plan.KEY=VALUE says what no run has a key for: precision, routing, recompute, dispatcher, kernels, etp,
-    zero, grads, moments, overlap_ep, cuda_graph and more (class PlanSection).
+    plan.KEY=VALUE says what no run has a key for: precision, routing, recompute, dispatcher, kernels, zero,
+    grads, moments, overlap_ep, cuda_graph and more (class PlanSection).
     """
     from moe.planner.command import Request, run_request
 

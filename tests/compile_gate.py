@@ -130,7 +130,7 @@ def compile_in_subprocess(requests: Sequence[Request]) -> list[Compiled]:
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = cache
         done = subprocess.run(
-            argv, input=asked, env=environment, capture_output=True, text=True, timeout=240, check=False
+            argv, input=asked, env=environment, capture_output=True, text=True, timeout=500, check=False
         )
     assert done.returncode == 0, done.stderr[-4000:]
     return [Compiled(**fields) for fields in json.loads(done.stdout)]

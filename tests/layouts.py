@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -61,6 +62,11 @@ MODELS = {
     "mla": MLA,
     "mla, mtp": (*MLA, "model.mtp_layers=1", "model.mtp_loss_coeff=0.3"),
     "tied": ("model.tie_embeddings=true", "model.shared_expert_hidden_size=0"),
+    "biased experts": (
+        "model.expert_activation=clamped_swiglu",
+        "model.expert_bias=true",
+        "model.router.logit_bias=true",
+    ),
     # Its balance is that of a micro-batch of all ranks: each layout of this model has two of them.
     "global loss": ("model.router.aux_loss=global", "model.router.z_loss_coeff=1e-3"),
 }
@@ -126,6 +132,17 @@ LAYOUTS = [
     Layout("global loss", 4, "cp=2 ep=4", fast=True),
     Layout("global loss", 8, "tp=2 cp=2 ep=2 recompute=full"),
     Layout("global loss", 8, "pp=2 tp=2 ep=2 vpp=2"),
+    Layout("gqa", 2, "etp=2"),
+    Layout("gqa", 2, "tp=2 etp=2"),
+    Layout("biased experts", 4, f"tp=2 ep=2 etp=2 recompute=selective {OVERLAP}", fast=True),
+    Layout("biased experts", 8, "pp=2 ep=2 etp=2"),
+    Layout("gqa", 4, f"pp=2 vpp=2 etp=2 {OVERLAP}"),
+    Layout("mla, mtp", 4, "pp=2 etp=2 stage_layers=[4,1] recompute=full"),
+    Layout("tied", 4, "cp=2 ep=2 etp=2"),
+    Layout("gqa", 4, "ep=2 etp=2 dispatcher=hierarchical ranks_per_node=2 overlap_shared_expert=true"),
+    Layout("global loss", 8, "tp=4 ep=2 etp=4"),
+    Layout("mla", 8, f"tp=2 cp=2 pp=2 ep=2 etp=2 {OVERLAP}"),
+    Layout("gqa", 8, f"tp=2 ep=2 etp=2 {OVERLAP}"),
 ]
 
 
@@ -158,13 +175,15 @@ def batches(config: RunConfig, step: int, dp_rank: int, dp_size: int) -> Iterato
 
 def engine_with_small_buckets(config: RunConfig) -> Any:
     """Where communication overlaps, so small that the model fills several, as a large one does."""
-    from moe.engine.megatron import MegatronEngine
+    from moe.engine import megatron
 
-    class SmallBuckets(MegatronEngine):
-        def _ddp_config(self) -> Any:
-            return replace(super()._ddp_config(), bucket_size=5000)
-
-    return SmallBuckets(config)
+    whole = megatron._ddp_config
+    small = patch.object(megatron, "_ddp_config", lambda parallel: replace(whole(parallel), bucket_size=2000))
+    with small:
+        engine = megatron.MegatronEngine(config)
+    if config.parallel.overlap_grad_reduce and config.parallel.pp == 1:  # later stages have one bucket each
+        assert all(len(buffer.buckets) > 1 for buffer in engine.ddps[0].buffers[:1])
+    return engine
 
 
 def train_in(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe.config import RunConfig, load_config
-from moe.config.schema import ModelSection, ParallelSection
+from moe.config.schema import ModelSection, ParallelSection, TrainSection
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -48,19 +48,27 @@ def load_recipe(name: str, *overrides: str, world_size: int | None = None) -> Ru
     return load_config(CONFIGS / f"{name}.yaml", overrides, world_size=world_size)
 
 
-def shrunk(config: RunConfig) -> RunConfig:
-    """The same run with small sizes: every switch stays, axes of the layout are at most two ranks wide.
+def shrunk(config: RunConfig, *, stages: int = 2) -> RunConfig:
+    """The same run on a few ranks.
 
-    Stages become the first and the last one, each chunk with at most two layers, so that what is special
-    about the ends stays: dense layers, an end without any, prediction of further tokens.
+    As in the recipe: router, attention, experts' precision and bias, prediction of further tokens, optimizer
+    with QK-clip, the form of both schedules, recompute, dispatcher, overlap, chunks of a stage, and what is
+    special about the ends: dense layers, the last chunk without any.
+
+    Smaller: widths, heads and words; five steps in fp32 on sequences of 32; a batch schedule of one stage,
+    half as large; tp, ep and cp at most 2; pp at most `stages`. A chunk has at most three layers, and two
+    where one stage stands for all between the first ones and the last.
     """
-    parallel = _parallel(config.parallel)
+    parallel = _parallel(config.parallel, stages)
     layers = sum(parallel.stage_layers) or 2
-    train = config.train.model_copy(
-        update={
+    batch = 4 * parallel.pp
+    smaller = ({"steps": 2, "global_batch_size": batch // 2},)
+    train = TrainSection.model_validate(
+        config.train.model_dump()
+        | {
             "steps": 5,
-            "batch_schedule": (),
-            "global_batch_size": 8,
+            "batch_schedule": smaller if config.train.batch_schedule else (),
+            "global_batch_size": batch,
             "micro_batch_size": 1,
             "eval_sequences": 8,
             "precision": "fp32",
@@ -70,7 +78,8 @@ def shrunk(config: RunConfig) -> RunConfig:
     optim["stable_steps"] = 3 if config.optim.schedule == "wsd" else 0
     return config.model_copy(
         update={
-            "model": _model(config.model, layers),
+            # The only stage before the last one has experts as well.
+            "model": _model(config.model, layers, dense=1 if parallel.pp <= 2 else layers),
             "parallel": parallel,
             "train": train,
             "optim": config.optim.model_copy(update=optim),
@@ -85,17 +94,22 @@ def ranks_of(config: RunConfig) -> int:
     return parallel.pp * max(parallel.tp * parallel.cp, parallel.ep)
 
 
-def _parallel(parallel: ParallelSection) -> ParallelSection:
-    pp = parallel.pp
-    ends = sorted({0, pp - 1})
-    chunks = [parallel.stage_layers[v * pp : (v + 1) * pp] for v in range(parallel.vpp)]
-    # What several stages have together, a smaller model's one has: a dense layer and one with experts.
-    layers = tuple(min(2, held) for chunk in chunks if chunk for held in (sum(chunk[:-1]), chunk[-1]))
-    sizes = {"tp": min(parallel.tp, 2), "pp": len(ends), "ep": min(parallel.ep, 2), "cp": min(parallel.cp, 2)}
+def _parallel(parallel: ParallelSection, stages: int) -> ParallelSection:
+    pp = min(parallel.pp, stages)
+    chunks = [parallel.stage_layers[v * parallel.pp : (v + 1) * parallel.pp] for v in range(parallel.vpp)]
+    layers = tuple(held for chunk in chunks if chunk for held in _chunks_of(chunk, pp))
+    sizes = {"tp": min(parallel.tp, 2), "pp": pp, "ep": min(parallel.ep, 2), "cp": min(parallel.cp, 2)}
     return parallel.model_copy(update={**sizes, "stage_layers": layers})
 
 
-def _model(model: ModelSection, layers: int) -> ModelSection:
+def _chunks_of(layers: tuple[int, ...], pp: int) -> list[int]:
+    """The first stages and the last one as they are; between them one for all others."""
+    *firsts, last = layers
+    rest = max(0, pp - 2)
+    return [*(min(3, held) for held in firsts[:rest]), min(2, sum(firsts[rest:])), min(3, last)]
+
+
+def _model(model: ModelSection, layers: int, *, dense: int) -> ModelSection:
     attention = model.attention
     heads = {"num_heads": 4, "num_query_groups": 2 if attention.query_groups < attention.num_heads else 0}
     latent = {"q_lora_rank": min(24, attention.q_lora_rank), "kv_lora_rank": 16}
@@ -105,7 +119,7 @@ def _model(model: ModelSection, layers: int) -> ModelSection:
     return model.model_copy(
         update={
             "num_layers": layers,
-            "num_dense_layers": min(1, model.num_dense_layers),
+            "num_dense_layers": min(dense, model.num_dense_layers),
             "hidden_size": 128,
             "ffn_hidden_size": 128,
             "vocab_size": 96,

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # By the description that Megatron gives a process group; all others are sums over the job.
 CAUSES = {
     "EXPERT_MODEL_PARALLEL_GROUP": "expert",
+    "EXPERT_TENSOR_PARALLEL_GROUP": "expert",
     "TENSOR_MODEL_PARALLEL_GROUP": "tensor",
     "CONTEXT_PARALLEL_GROUP": "context",
     "PIPELINE_MODEL_PARALLEL_GROUP": "pipeline",
@@ -42,6 +43,7 @@ _Sent = Callable[[dist.ProcessGroup, Any], float]
 _OPERATORS: dict[str, tuple[int, _Sent]] = {
     "allreduce_": (1, lambda group, args: 2 * _ring(group, *args[0])),
     "allreduce_coalesced_": (1, lambda group, args: 2 * _ring(group, *args[0])),
+    "allgather_": (2, lambda group, args: sum(_ring(group, *whole) for whole in args[0])),
     "_allgather_base_": (2, lambda group, args: _ring(group, args[0])),
     "allgather_into_tensor_coalesced_": (2, lambda group, args: _ring(group, *args[0])),
     "_reduce_scatter_base_": (2, lambda group, args: _ring(group, args[1])),

@@ -81,3 +81,19 @@ def check_variant(variant: Variant, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, p
     if shapes != expected or dtypes != {w_down_eDF.dtype}:
         found = f"{', '.join(map(str, dtypes))} of {shapes}"
         raise ValueError(f"biases must be {w_down_eDF.dtype} of shapes {expected}, got {found}")
+
+
+def check_main_grads(
+    main_grads: tuple[Tensor, Tensor] | None, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, precision: str
+) -> None:
+    """What the gradients of the two weights may be added to."""
+    if main_grads is None:
+        return
+    if precision != "wide":
+        raise ValueError(f"main_grads go with precision='wide', got {precision!r}")
+    for name, main, weight in zip(("gate_up", "down"), main_grads, (w_gate_up_eGD, w_down_eDF), strict=True):
+        if main.dtype != torch.float32 or main.shape != weight.shape or not main.is_contiguous():
+            raise ValueError(
+                f"main_grads of {name} must be contiguous torch.float32 of shape {tuple(weight.shape)}, got "
+                f"{main.dtype} of {tuple(main.shape)}"
+            )

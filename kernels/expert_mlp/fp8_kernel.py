@@ -1,16 +1,7 @@
-"""SwiGLU experts in FP8: what a kernel makes leaves it quantised, as its consumers want it.
+"""SwiGLU experts in FP8, launched by fp8_triton.py: what a kernel makes leaves it as its consumers want it.
 
 Shapes: T tokens, K top-k, N = T*K rows in expert order, P rows padded so that each expert begins on a tile of
 128 (`quantize_columns`), D model, F expert hidden (a multiple of 128), G = 2F, e experts.
-
-The kernels and their order are those of triton_kernel.py, each product one of two FP8 operands:
-
-Forward                               Backward
-1. up     x rows, W1 squares          1. dH      dO rows, W2 squares
-          -> H in bf16 or rows, A rows           -> dH rows, dH columns, A' columns, dS
-2. gemm   A rows, W2 squares          2. wgrad   dO columns, A' columns
-                                      3. gemm    dH rows, W1 squares
-                                      4. wgrad   dH columns, x columns
 
 Rows are quantised in blocks of 1 x 128, columns of 128 x 1, squares of 128 x 128: always along the sum. A
 tile of dH is 128 x 128, so that it holds whole blocks in both directions.
@@ -21,23 +12,11 @@ tile of dH is 128 x 128, so that it holds whole blocks in both directions.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from moe.kernels.combine.triton_kernel import sum_rows
-from moe.kernels.expert_mlp.saved_h import SavedH
-from moe.kernels.expert_mlp.triton_kernel import Index, sum_partials
-from moe.kernels.grouped_gemm.fp8_kernel import (
-    BLOCK,
-    launch_fp8_gemm,
-    launch_fp8_wgrad,
-    scaled_row_products,
-)
-from moe.kernels.grouped_gemm.triton_kernel import TileMaps, gathered, halves, tile_rows
-from moe.kernels.quantize import quantize_columns, quantize_rows, quantize_weights
-from moe.kernels.quantize.formats import FORMATS, ROW_TILE, VALUE_DTYPE, Quantized
+from moe.kernels.grouped_gemm.fp8_kernel import BLOCK, scaled_row_products
+from moe.kernels.grouped_gemm.triton_kernel import eighths, gathered, tile_rows
 from moe.kernels.quantize.triton_kernel import magnitude_bits, scales_of
 
 # Not tuned on a GPU yet; the largest that the scaled sums and the epilogues leave registers for.
@@ -61,6 +40,7 @@ def fp8_up_kernel(
     TOP_K: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
+    W_STRIDES: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -70,7 +50,6 @@ def fp8_up_kernel(
     has the other. With p_h_scales, h is quantised too.
     """
     tiles_F: tl.constexpr = F // BLOCK
-    blocks_D: tl.constexpr = (D + BLOCK - 1) // BLOCK
     expert, o_M, m_M = tile_rows(p_ends, p_map, tl.program_id(0) // tiles_F, BLOCK_M)
     if expert < 0:
         return
@@ -80,13 +59,13 @@ def fp8_up_kernel(
         p_x,
         p_x_scales,
         p_w + expert * (2 * F * D),
-        p_w_scales + expert * (2 * tiles_F * blocks_D),
+        p_w_scales + expert * W_STRIDES[0],
         gathered(p_order, o_M, m_M, TOP_K),
         m_M,
         i_F * BLOCK + o_N // 2 + o_N % 2 * F,
         o_N >= 0,
-        blocks_D,
-        1,
+        W_STRIDES[1],
+        W_STRIDES[2],
         D,
         BLOCK_M,
         2 * BLOCK,
@@ -143,6 +122,7 @@ def fp8_grad_h_kernel(
     TOP_K: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
+    W_STRIDES: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
 ):
     """Gradient dH by rows and columns, A' = s * A by columns, and each tile's part of dS [N, F / 128].
@@ -150,7 +130,6 @@ def fp8_grad_h_kernel(
     Grid as in grad_h_kernel; `num_tiles` is P / 128.
     """
     tiles_F: tl.constexpr = F // BLOCK
-    blocks_D: tl.constexpr = (D + BLOCK - 1) // BLOCK
     i_tile = tl.program_id(0) // tiles_F
     expert, o_M, m_M = tile_rows(p_ends, p_map, i_tile, BLOCK)
     if expert < 0:
@@ -162,13 +141,13 @@ def fp8_grad_h_kernel(
         p_grad,
         p_grad_scales,
         p_w + expert * (D * F),
-        p_w_scales + expert * (blocks_D * tiles_F),
+        p_w_scales + expert * W_STRIDES[0],
         o_pairs // TOP_K,
         m_M,
         o_F,
         o_F >= 0,
-        1,
-        tiles_F,
+        W_STRIDES[1],
+        W_STRIDES[2],
         D,
         BLOCK,
         BLOCK,
@@ -226,19 +205,6 @@ def fp8_grad_h_kernel(
 
 
 @triton.jit
-def eighths(x, M: tl.constexpr, N: tl.constexpr):
-    """The eighths of the columns of [M, N], in registers."""
-    b_left, b_right = halves(x, M, N)
-    b_0, b_1 = halves(b_left, M, N // 2)
-    b_2, b_3 = halves(b_right, M, N // 2)
-    b_00, b_01 = halves(b_0, M, N // 4)
-    b_10, b_11 = halves(b_1, M, N // 4)
-    b_20, b_21 = halves(b_2, M, N // 4)
-    b_30, b_31 = halves(b_3, M, N // 4)
-    return b_00, b_01, b_10, b_11, b_20, b_21, b_30, b_31
-
-
-@triton.jit
 def bf16_bits(x):
     """Bits of x rounded to bf16 as a number of fp32, whose lower half is zero."""
     return x.to(tl.bfloat16).to(tl.float32).to(tl.int32, bitcast=True)
@@ -254,113 +220,3 @@ def store_columns(
     b_values = tl.trans((x * b_factors[None, :]).to(p_values.dtype.element_ty))
     tl.store(p_values + o_C[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], b_values)
     tl.store(p_scales + o_C, b_scales)
-
-
-def expert_mlp_fwd(
-    x_TD: Tensor,
-    w_gate_up_eGD: Tensor,
-    w_down_eDF: Tensor,
-    weights_TK: Tensor,
-    index: Index,
-    *,
-    format: str,
-    compress_h: bool,
-) -> tuple[Tensor, SavedH]:
-    """y_TD and h; contiguous inputs in bf16 that `expert_mlp` has checked. Uncompressed, h has no scales."""
-    order_N, inverse_N, ends_e = index
-    maps = TileMaps(ends_e, order_N.numel())
-    w_gate_up = quantize_weights(w_gate_up_eGD, format=format, backend="triton")
-    x = quantize_rows(x_TD, format=format, backend="triton")
-    h, a = _launch_up(x, w_gate_up, (order_N, weights_TK.shape[1]), maps, format, compress_h)
-    w_down = quantize_weights(w_down_eDF, format=format, backend="triton")
-    y_ND = launch_fp8_gemm(a, w_down, maps, out_dtype=x_TD.dtype)
-    return sum_rows(y_ND, weights_TK, inverse_N, weights_TK.shape[1], ends_e=ends_e), h
-
-
-def expert_mlp_bwd(
-    grad_TD: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    index: Index,
-    h: SavedH,
-    *,
-    format: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the forward's first four arguments, `inputs`; all contiguous."""
-    x_TD, w_gate_up_eGD, w_down_eDF, weights_TK = inputs
-    order_N, inverse_N, ends_e = index
-    dtype, top_k = x_TD.dtype, weights_TK.shape[1]
-    maps = TileMaps(ends_e, order_N.numel())
-    w_down = quantize_weights(w_down_eDF, transposed=True, format=format, backend="triton")
-    grad = quantize_rows(grad_TD, format=format, backend="triton")
-    rows, columns, a_columns, partials_NP = _launch_grad_h(
-        grad, w_down, (weights_TK, h), order_N, maps, format
-    )
-    grad_weights_TK = sum_partials(partials_NP, inverse_N, ends_e).view_as(weights_TK)
-    grad_columns = quantize_columns(grad_TD, ends_e, order_N, top_k, format=format, backend="triton")
-    grad_down_eDF = launch_fp8_wgrad(grad_columns, a_columns, ends_e, out_dtype=dtype)
-    del grad_columns, a_columns, partials_NP  # before the next large one
-    x_columns = quantize_columns(x_TD, ends_e, order_N, top_k, format=format, backend="triton")
-    grad_gate_up_eGD = launch_fp8_wgrad(columns, x_columns, ends_e, out_dtype=dtype)
-    del columns, x_columns
-    w_gate_up = quantize_weights(w_gate_up_eGD, transposed=True, format=format, backend="triton")
-    grad_x_ND = launch_fp8_gemm(rows, w_gate_up, maps, out_dtype=dtype, scales_are_kn=True)
-    grad_x_TD = sum_rows(grad_x_ND, None, inverse_N, top_k, ends_e=ends_e)
-    return grad_x_TD, grad_gate_up_eGD, grad_down_eDF, grad_weights_TK
-
-
-def _launch_up(
-    x: Quantized,
-    w_gate_up: Quantized,
-    order: tuple[Tensor, int],
-    maps: TileMaps,
-    format: str,
-    compress_h: bool,
-) -> tuple[SavedH, Quantized]:
-    """H, in bf16 or by rows, and A by rows; `order` is order_N and top_k."""
-    _, G, D = w_gate_up.values.shape
-    F, num_rows = G // 2, maps.num_rows
-    a = _new_quantized(x.values, num_rows, F)
-    if compress_h:
-        h = SavedH(*_new_quantized(x.values, num_rows, G))
-    else:
-        h = SavedH(x.scales.new_empty(num_rows, G, dtype=torch.bfloat16), None)
-    if num_rows:
-        map_P2 = maps.of(UP_TILE["BLOCK_M"])
-        grid = (map_P2.shape[0] * (F // ROW_TILE),)
-        order_N, top_k = order
-        tensors = (*x, *w_gate_up, *h, *a, order_N, maps.ends_e, map_P2)
-        with torch.cuda.device_of(order_N):
-            fp8_up_kernel[grid](*tensors, top_k, D, F, FORMATS[format].power_of_two, **UP_TILE)
-    return h, a
-
-
-def _launch_grad_h(
-    grad: Quantized,
-    w_down: Quantized,
-    saved: tuple[Tensor, SavedH],
-    order_N: Tensor,
-    maps: TileMaps,
-    format: str,
-) -> tuple[Quantized, Quantized, Quantized, Tensor]:
-    """Gradient dH by rows and columns, A' by columns, and dS in parts [N, F / 128]; `saved` are s and h."""
-    weights_TK, h = saved
-    experts, F, D = w_down.values.shape
-    num_tiles = maps.num_rows // ROW_TILE + experts
-    rows = _new_quantized(h.values, maps.num_rows, 2 * F)
-    columns = _new_quantized(h.values, 2 * F, num_tiles * ROW_TILE)
-    a_columns = _new_quantized(h.values, F, num_tiles * ROW_TILE)
-    partials_NP = weights_TK.new_empty(maps.num_rows, F // ROW_TILE)
-    if maps.num_rows:
-        map_P2 = maps.of(ROW_TILE)
-        grid = (map_P2.shape[0] * partials_NP.shape[1],)
-        tensors = (*grad, *w_down, *h, weights_TK, *rows, *columns, *a_columns, partials_NP, order_N)
-        sizes = (num_tiles, weights_TK.shape[1], D, F, FORMATS[format].power_of_two)
-        with torch.cuda.device_of(order_N):
-            fp8_grad_h_kernel[grid](*tensors, maps.ends_e, map_P2, *sizes, **GRAD_H_TILE)
-    return rows, columns, a_columns, partials_NP
-
-
-def _new_quantized(like: Tensor, num_rows: int, width: int) -> Quantized:
-    """Room for rows in blocks of 1 x 128."""
-    values = like.new_empty(num_rows, width, dtype=VALUE_DTYPE)
-    return Quantized(values, like.new_empty(num_rows, width // ROW_TILE, dtype=torch.float32))

@@ -76,7 +76,7 @@ def _forward(  # noqa: PLR0917 - an operator's schema
     backend: str,
 ) -> list[Tensor]:
     """y_TD, and what the backward needs of H, `SavedH`; rows of sentinels mean nothing there."""
-    y_TD, h = _implementation(backend, precision).expert_mlp_fwd(
+    y_TD, h = _implementation(backend).expert_mlp_fwd(
         *(tensor.contiguous() for tensor in (x_TD, w_gate_up_eGD, w_down_eDF, weights_TK)),
         (order_N.contiguous(), inverse_N.contiguous(), ends_e.contiguous()),
         format=precision,
@@ -121,7 +121,7 @@ def _backward(  # noqa: PLR0917 - an operator's schema
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, the two weights of the experts, and the combine weights."""
-    return _implementation(backend, precision).expert_mlp_bwd(  # type: ignore[no-any-return]
+    return _implementation(backend).expert_mlp_bwd(  # type: ignore[no-any-return]
         grad_TD.contiguous(),
         tuple(tensor.contiguous() for tensor in (x_TD, w_gate_up_eGD, w_down_eDF, weights_TK)),
         (order_N.contiguous(), inverse_N.contiguous(), ends_e.contiguous()),
@@ -138,19 +138,15 @@ def _(
     return x, gate_up, down, weights
 
 
-def _implementation(backend: str, precision: str) -> ModuleType:
+def _implementation(backend: str) -> ModuleType:
     # Not at the top: triton is imported where its kernels run, and exists on Linux only.
     if backend == "torch":
         from moe.kernels.expert_mlp import fp8_torch
 
         return fp8_torch
-    if precision == "mxfp8":
-        from moe.kernels.expert_mlp import mx_kernel
+    from moe.kernels.expert_mlp import fp8_triton
 
-        return mx_kernel
-    from moe.kernels.expert_mlp import fp8_kernel
-
-    return fp8_kernel
+    return fp8_triton
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -164,8 +160,8 @@ def _gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     grad_TD = grads[0]
     if grad_TD is None:
         return (None,) * 10
-    tensors, h = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
-    gradients = _backward(grad_TD, *tensors, h, ctx.precision, ctx.backend)
+    saved = ctx.saved_tensors  # once: under checkpointing each look unpacks
+    gradients = _backward(grad_TD, *saved[:7], list(saved[7:]), ctx.precision, ctx.backend)
     return *gradients, *(None,) * 6
 
 

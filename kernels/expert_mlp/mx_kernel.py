@@ -1,8 +1,5 @@
 """SwiGLU experts in MXFP8, for GPUs whose tensor cores apply the scales (sm_100); as in fp8_kernel.py.
 
-Shapes: T tokens, K top-k, N = T*K rows in expert order, P rows padded so that each expert begins on a tile of
-128, D model, F expert hidden (a multiple of 128), G = 2F, e experts.
-
 Blocks are 1 x 32 or 32 x 1, so any 32 columns of a tile of dH can leave it in both directions.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -11,26 +8,13 @@ Blocks are 1 x 32 or 32 x 1, so any 32 columns of a tile of dH can leave it in b
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from moe.kernels.combine.triton_kernel import sum_rows
-from moe.kernels.expert_mlp.saved_h import SavedH
-from moe.kernels.expert_mlp.triton_kernel import Index, sum_partials
-from moe.kernels.grouped_gemm.mx_kernel import (
-    MX_BLOCK,
-    MxWeight,
-    launch_mx_gemm,
-    launch_mx_wgrad,
-    mx_row_products,
-    mx_weight,
-)
-from moe.kernels.grouped_gemm.triton_kernel import TileMaps, gathered, halves, tile_rows
-from moe.kernels.quantize import quantize_columns, quantize_rows
-from moe.kernels.quantize.formats import FORMATS, ROW_TILE, VALUE_DTYPE, Quantized
-from moe.kernels.quantize.triton_kernel import as_stored, magnitude_bits, scales_of, storage
+from moe.kernels.grouped_gemm.mx_kernel import MX_BLOCK, mx_row_products
+from moe.kernels.grouped_gemm.triton_kernel import gathered, halves, tile_rows
+from moe.kernels.quantize.formats import ROW_TILE
+from moe.kernels.quantize.triton_kernel import as_stored, magnitude_bits, scales_of
 
 HEIGHT = tl.constexpr(ROW_TILE)
 # Not tuned on a GPU yet.
@@ -225,117 +209,3 @@ def store_columns(p_values, p_scales, x, first, i_tile, num_tiles):
     tl.store(p_values + o_tiles[:, None] * HEIGHT + tl.arange(0, HEIGHT)[None, :], tl.trans(b_values))
     p_scales_CB = p_scales + o_tiles[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]
     tl.store(p_scales_CB, tl.trans(as_stored(b_scales, p_scales)))
-
-
-def expert_mlp_fwd(
-    x_TD: Tensor,
-    w_gate_up_eGD: Tensor,
-    w_down_eDF: Tensor,
-    weights_TK: Tensor,
-    index: Index,
-    *,
-    format: str,
-    compress_h: bool,
-) -> tuple[Tensor, SavedH]:
-    """y_TD and h; contiguous inputs in bf16 that `expert_mlp` has checked. Uncompressed, h has no scales."""
-    order_N, inverse_N, ends_e = index
-    maps = TileMaps(ends_e, order_N.numel())
-    x = quantize_rows(x_TD, format=format, backend="triton")
-    order = order_N, weights_TK.shape[1]
-    h, a = _launch_up(x, mx_weight(w_gate_up_eGD), order, maps, compress_h=compress_h)
-    y_ND = launch_mx_gemm(a, mx_weight(w_down_eDF), x_TD.shape[1], maps, out_dtype=x_TD.dtype)
-    return sum_rows(y_ND, weights_TK, inverse_N, weights_TK.shape[1], ends_e=ends_e), h
-
-
-def expert_mlp_bwd(
-    grad_TD: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    index: Index,
-    h: SavedH,
-    *,
-    format: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the forward's first four arguments, `inputs`; all contiguous."""
-    x_TD, w_gate_up_eGD, w_down_eDF, weights_TK = inputs
-    order_N, inverse_N, ends_e = index
-    dtype, top_k = x_TD.dtype, weights_TK.shape[1]
-    maps = TileMaps(ends_e, order_N.numel())
-    grad = quantize_rows(grad_TD, format=format, backend="triton")
-    w_down = mx_weight(w_down_eDF, transposed=True)
-    rows, columns, a_columns, partials_NP = _launch_grad_h(grad, w_down, (weights_TK, h), order_N, maps)
-    grad_weights_TK = sum_partials(partials_NP, inverse_N, ends_e).view_as(weights_TK)
-    grad_columns = quantize_columns(grad_TD, ends_e, order_N, top_k, format=format, backend="triton")
-    grad_down_eDF = launch_mx_wgrad(grad_columns, a_columns, ends_e, out_dtype=dtype)
-    del grad_columns, a_columns, partials_NP  # before the next large one
-    x_columns = quantize_columns(x_TD, ends_e, order_N, top_k, format=format, backend="triton")
-    grad_gate_up_eGD = launch_mx_wgrad(columns, x_columns, ends_e, out_dtype=dtype)
-    del columns, x_columns
-    w_gate_up = mx_weight(w_gate_up_eGD, transposed=True)
-    grad_x_ND = launch_mx_gemm(rows, w_gate_up, x_TD.shape[1], maps, out_dtype=dtype)
-    grad_x_TD = sum_rows(grad_x_ND, None, inverse_N, top_k, ends_e=ends_e)
-    return grad_x_TD, grad_gate_up_eGD, grad_down_eDF, grad_weights_TK
-
-
-def _launch_up(
-    x: Quantized, w_gate_up: MxWeight, order: tuple[Tensor, int], maps: TileMaps, *, compress_h: bool
-) -> tuple[SavedH, Quantized]:
-    """H, in bf16 or by rows, and A by rows; `order` is order_N and top_k."""
-    G, D = w_gate_up.strides[0] // x.values.shape[1], x.values.shape[1]
-    order_N, top_k = order
-    a = _new_quantized(x.values, maps.num_rows, G // 2)
-    if compress_h:
-        h = SavedH(*_new_quantized(x.values, maps.num_rows, G))
-    else:
-        h = SavedH(x.values.new_empty(maps.num_rows, G, dtype=torch.bfloat16), None)
-    if maps.num_rows:
-        map_P2 = maps.of(UP_TILE["BLOCK_M"])
-        grid = (map_P2.shape[0] * (G // UP_TILE["BLOCK_N"]),)
-        operands = (x.values, storage(x.scales), w_gate_up.values, w_gate_up.scales)
-        outputs = (*_h_operands(h), a.values, storage(a.scales))
-        tensors = (*operands, *outputs, order_N, maps.ends_e, map_P2)
-        with torch.cuda.device_of(order_N):
-            mx_up_kernel[grid](*tensors, top_k, D, G // 2, w_gate_up.strides, **UP_TILE)
-    return h, a
-
-
-def _launch_grad_h(
-    grad: Quantized, w_down: MxWeight, saved: tuple[Tensor, SavedH], order_N: Tensor, maps: TileMaps
-) -> tuple[Quantized, Quantized, Quantized, Tensor]:
-    """Gradient dH by rows and columns, A' by columns, and dS in parts [N, F / 128]; `saved` are s and h."""
-    weights_TK, h = saved
-    F, D = h.values.shape[1] // 2, grad.values.shape[1]
-    num_tiles = maps.num_rows // ROW_TILE + maps.ends_e.numel()
-    rows = _new_quantized(h.values, maps.num_rows, 2 * F)
-    columns = _new_quantized(h.values, 2 * F, num_tiles * ROW_TILE)
-    a_columns = _new_quantized(h.values, F, num_tiles * ROW_TILE)
-    partials_NP = weights_TK.new_empty(maps.num_rows, F // ROW_TILE)
-    if maps.num_rows:
-        map_P2 = maps.of(ROW_TILE)
-        grid = (map_P2.shape[0] * partials_NP.shape[1],)
-        operands = (grad.values, storage(grad.scales), w_down.values, w_down.scales)
-        outputs = (t for out in (rows, columns, a_columns) for t in (out.values, storage(out.scales)))
-        tensors = (
-            *operands,
-            *_h_operands(h),
-            weights_TK,
-            *outputs,
-            partials_NP,
-            order_N,
-            maps.ends_e,
-            map_P2,
-        )
-        sizes = (num_tiles, weights_TK.shape[1], D, F, w_down.strides)
-        with torch.cuda.device_of(order_N):
-            mx_grad_h_kernel[grid](*tensors, *sizes, **GRAD_H_TILE)
-    return rows, columns, a_columns, partials_NP
-
-
-def _h_operands(h: SavedH) -> tuple[Tensor, Tensor | None]:
-    return h.values, None if h.scales is None else storage(h.scales)
-
-
-def _new_quantized(like: Tensor, num_rows: int, width: int) -> Quantized:
-    """Room for rows in blocks of 1 x 32."""
-    kind = FORMATS["mxfp8"]
-    values = like.new_empty(num_rows, width, dtype=VALUE_DTYPE)
-    return Quantized(values, like.new_empty(num_rows, width // kind.block, dtype=kind.scale_dtype))

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from moe.kernels.backend import choose_backend
-from moe.kernels.expert_mlp.checks import check_dtypes, check_index, check_shapes, check_variant
+from moe.kernels.expert_mlp.checks import (
+    check_dtypes,
+    check_index,
+    check_main_grads,
+    check_shapes,
+    check_variant,
+)
 from moe.kernels.expert_mlp.fp8_op import expert_mlp_low_precision
 from moe.kernels.expert_mlp.variant import Variant
 from moe.kernels.quantize.formats import FORMATS
@@ -37,6 +43,7 @@ def expert_mlp(
     biases: tuple[Tensor, Tensor] | None = None,
     precision: str = "wide",
     compress_h: bool = False,
+    main_grads: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """y[t] = sum over k of weights[t, k] * down(act(gate(x[t]), up(x[t]))) with the expert of pair (t, k).
@@ -55,6 +62,9 @@ def expert_mlp(
             format of `quantize_rows` quantises them along what each product sums over.
         compress_h: save h in that format too, in half the memory; the activation is then that of the
             rounded h, forward and backward.
+        main_grads: fp32 tensors of the shapes of the experts' two weights. The backward adds the weights'
+            gradients to them, and what autograd gets for the weights is memory without meaning (as under
+            gradient_accumulation_fusion of Megatron-Core). For precision `wide`.
         backend: `auto` (triton on CUDA, torch elsewhere), `triton` or `torch`.
 
     Returns:
@@ -70,12 +80,14 @@ def expert_mlp(
     check_index(order_N, inverse_N, ends_e, (weights_TK.numel(), w_down_eDF.shape[0]))
     check_dtypes(x_TD, w_gate_up_eGD, w_down_eDF, weights_TK, chosen)
     check_variant(Variant(activation, biases), w_gate_up_eGD, w_down_eDF, precision)
+    check_main_grads(main_grads, w_gate_up_eGD, w_down_eDF, precision)
     inputs = (x_TD, w_gate_up_eGD, w_down_eDF, weights_TK)
     if precision != "wide":
         return expert_mlp_low_precision(inputs, index, precision, compress_h, chosen)
     if compress_h:
         raise ValueError(f"compress_h needs a precision of {', '.join(FORMATS)}, got {precision!r}")
-    y_TD, _ = _forward(*inputs, *index, *(biases or (None, None)), activation, chosen)
+    absent = (None, None)
+    y_TD, _ = _forward(*inputs, *index, *(biases or absent), activation, chosen, *(main_grads or absent))
     return y_TD  # type: ignore[no-any-return]
 
 
@@ -92,6 +104,8 @@ def _forward(  # noqa: PLR0917 - an operator's schema
     b_down_eD: Tensor | None,
     activation: str,
     backend: str,
+    _main_gate_up: Tensor | None = None,
+    _main_down: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y_TD, and h_NG: gate and up of each row of expert order; rows of sentinels are left as they are."""
     index = order_N.contiguous(), inverse_N.contiguous(), ends_e.contiguous()
@@ -156,6 +170,63 @@ def _(  # noqa: PLR0917 - an operator's schema
     return [t.new_empty(t.shape) for t in inputs if t is not None]
 
 
+@torch.library.custom_op(
+    "joulemoe::expert_mlp_backward_into", mutates_args=("main_gate_up_eGD", "main_down_eDF")
+)
+def _backward_into(  # noqa: PLR0917 - an operator's schema
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    w_gate_up_eGD: Tensor,
+    w_down_eDF: Tensor,
+    weights_TK: Tensor,
+    order_N: Tensor,
+    inverse_N: Tensor,
+    ends_e: Tensor,
+    b_gate_up_eG: Tensor | None,
+    b_down_eD: Tensor | None,
+    h_NG: Tensor,
+    activation: str,
+    backend: str,
+    main_gate_up_eGD: Tensor,
+    main_down_eDF: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_backward`, but the gradients of the experts' weights are added to the last two arguments.
+
+    Without biases their gradients are empty: torch.compile wants a fixed number of results beside mutations.
+    """
+    inputs = tuple(t.contiguous() for t in (x_TD, w_gate_up_eGD, w_down_eDF, weights_TK))
+    index = order_N.contiguous(), inverse_N.contiguous(), ends_e.contiguous()
+    variant = _variant(activation, b_gate_up_eG, b_down_eD)
+    main_grads = main_gate_up_eGD, main_down_eDF
+    grad_TD, bwd = grad_TD.contiguous(), _implementation(backend).expert_mlp_bwd
+    if backend == "triton":
+        grads = bwd(grad_TD, inputs, index, h_NG, variant=variant, main_grads=main_grads)
+    else:
+        grads = bwd(grad_TD, inputs, index, h_NG, variant=variant)
+        for main, grad in zip(main_grads, grads[1:3], strict=True):
+            main.add_(grad)
+    biases = grads[4:] or (x_TD.new_empty(0), x_TD.new_empty(0))
+    return grads[0], grads[3], *biases
+
+
+@_backward_into.register_fake
+def _(
+    _grad: Tensor,
+    x_TD: Tensor,
+    _gate_up: Tensor,
+    _down: Tensor,
+    weights_TK: Tensor,
+    _order: Tensor,
+    _inverse: Tensor,
+    _ends: Tensor,
+    b_gate_up_eG: Tensor | None,
+    b_down_eD: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    b_gate_up, b_down = (x_TD.new_empty(0 if b is None else b.shape) for b in (b_gate_up_eG, b_down_eD))
+    return x_TD.new_empty(x_TD.shape), weights_TK.new_empty(weights_TK.shape), b_gate_up, b_down
+
+
 def _variant(activation: str, b_gate_up_eG: Tensor | None, b_down_eD: Tensor | None) -> Variant:
     if b_gate_up_eG is None or b_down_eD is None:
         return Variant(activation)
@@ -174,7 +245,9 @@ def _implementation(backend: str) -> ModuleType:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.activation, ctx.backend = inputs
+    *tensors, ctx.activation, ctx.backend, main_gate_up_eGD, main_down_eDF = inputs
+    # Not saved, which would forbid that another backward adds to them first.
+    ctx.main_grads = main_gate_up_eGD, main_down_eDF
     _, h_NG = output
     ctx.mark_non_differentiable(h_NG)
     ctx.set_materialize_grads(False)  # h has no gradient: no zeros of its size
@@ -183,10 +256,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradient(ctx: Any, grad_TD: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_TD is None:
-        return (None,) * 11
-    grads = _backward(grad_TD, *ctx.saved_tensors, ctx.activation, ctx.backend)
-    biases = grads[4:] or (None, None)
-    return *grads[:4], None, None, None, *biases, None, None
+        return (None,) * 13
+    saved = ctx.saved_tensors  # once: under checkpointing each look unpacks
+    arguments = (grad_TD, *saved, ctx.activation, ctx.backend)
+    if ctx.main_grads[0] is None:
+        grads = _backward(*arguments)
+    else:
+        grad_x_TD, *others = _backward_into(*arguments, *ctx.main_grads)
+        grads = [grad_x_TD, *(torch.empty_like(weight) for weight in saved[1:3]), *others]
+    has_biases = saved[7] is not None
+    biases = grads[4:] if has_biases else (None, None)
+    return *grads[:4], None, None, None, *biases, None, None, None, None
 
 
 _forward.register_autograd(_gradient, setup_context=_setup_context)

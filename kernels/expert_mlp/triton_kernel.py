@@ -18,6 +18,8 @@ H is saved, A and Y are not: the backward makes A again from H, and dS = <dA, A>
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -30,8 +32,8 @@ from moe.kernels.expert_mlp.variant import PLAIN, Variant
 from moe.kernels.grouped_gemm.tiles import Sizes, Tile, launch_options, tile_for
 from moe.kernels.grouped_gemm.triton_kernel import (
     TileMaps,
+    eighths,
     gathered,
-    halves,
     launch_grouped_gemm,
     launch_grouped_wgrad,
     row_products,
@@ -41,6 +43,7 @@ from moe.kernels.grouped_gemm.triton_kernel import (
 Index = tuple[Tensor, Tensor, Tensor]
 
 PAIRS_BLOCK = 256
+GELU_COLUMNS = 128  # of a tile at the most: with 256, the error function spills 304 bytes on sm_90
 
 
 @triton.jit
@@ -146,18 +149,16 @@ def grad_h_kernel(
         BLOCK_K,
     )
     b_weights = tl.load(p_weights + o_pairs, mask=m_M, other=0.0)
-    # A quarter at a time: gate, up and what comes of them do not fit in registers beside a whole tile.
-    QUARTER: tl.constexpr = BLOCK_N // 4
-    b_left, b_right = halves(b_grad_a, BLOCK_M, BLOCK_N)
-    b_0, b_1 = halves(b_left, BLOCK_M, BLOCK_N // 2)
-    b_2, b_3 = halves(b_right, BLOCK_M, BLOCK_N // 2)
-    first_F = i_F * BLOCK_N
+    # An eighth at a time: gate, up and what comes of them do not fit in registers beside a whole tile. By
+    # quarters, sm_90 takes 133 registers, and with more than 128 no two tiles share a processor.
+    EIGHTH: tl.constexpr = BLOCK_N // 8
+    b_eighths = eighths(b_grad_a, BLOCK_M, BLOCK_N)
     pointers = (p_h, p_grad_h, p_scaled_a)
     rows = (b_weights, o_M, m_M)
-    b_part = _grad_h_columns(b_0, pointers, rows, first_F, F, ACTIVATION, QUARTER)
-    b_part += _grad_h_columns(b_1, pointers, rows, first_F + QUARTER, F, ACTIVATION, QUARTER)
-    b_part += _grad_h_columns(b_2, pointers, rows, first_F + 2 * QUARTER, F, ACTIVATION, QUARTER)
-    b_part += _grad_h_columns(b_3, pointers, rows, first_F + 3 * QUARTER, F, ACTIVATION, QUARTER)
+    b_part = tl.zeros((BLOCK_M,), tl.float32)
+    for i in tl.static_range(8):
+        first_F = i_F * BLOCK_N + i * EIGHTH
+        b_part += _grad_h_columns(b_eighths[i], pointers, rows, first_F, F, ACTIVATION, EIGHTH)
     tl.store(p_partials + o_M * PARTS + i_F, b_part, mask=m_M)
 
 
@@ -222,17 +223,26 @@ def expert_mlp_bwd(
     h_NG: Tensor,
     *,
     variant: Variant = PLAIN,
+    main_grads: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
 ) -> tuple[Tensor, ...]:
-    """Gradients of the forward's first four arguments, `inputs`, then of the biases; all contiguous."""
+    """Gradients of the forward's first four arguments, `inputs`, then of the biases; all contiguous.
+
+    Those of the experts' weights are `main_grads`, if given, with the gradients added to them.
+    """
     x_TD, w_gate_up_eGD, _, weights_TK = inputs
     order_N, inverse_N, ends_e = index
     top_k = weights_TK.shape[1]
     maps = TileMaps(ends_e, order_N.numel())
     grad_h_NG, scaled_a_NF, partials_NP = launch_grad_h(grad_TD, inputs, order_N, h_NG, maps, variant=variant)
     grad_weights_TK = sum_partials(partials_NP, inverse_N, ends_e).view_as(weights_TK)
-    grad_down_eDF = launch_grouped_wgrad(grad_TD, scaled_a_NF, maps, order_left_R=order_N, top_k=top_k)
+    main_gate_up_eGD, main_down_eDF = main_grads
+    grad_down_eDF = launch_grouped_wgrad(
+        grad_TD, scaled_a_NF, maps, order_left_R=order_N, top_k=top_k, accumulate_into=main_down_eDF
+    )
     del scaled_a_NF, partials_NP  # before the next large one
-    grad_gate_up_eGD = launch_grouped_wgrad(grad_h_NG, x_TD, maps, order_right_R=order_N, top_k=top_k)
+    grad_gate_up_eGD = launch_grouped_wgrad(
+        grad_h_NG, x_TD, maps, order_right_R=order_N, top_k=top_k, accumulate_into=main_gate_up_eGD
+    )
     grad_x_ND = launch_grouped_gemm(grad_h_NG, w_gate_up_eGD, maps, w_is_nk=False)
     grad_x_TD = sum_rows(grad_x_ND, None, inverse_N, top_k, ends_e=ends_e)
     grads = (grad_x_TD, grad_gate_up_eGD, grad_down_eDF, grad_weights_TK)
@@ -257,7 +267,7 @@ def launch_up(
     (experts, G, D), F = w_gate_up_eGD.shape, w_gate_up_eGD.shape[1] // 2
     h_NG, a_NF = x_TD.new_empty(maps.num_rows, G), x_TD.new_empty(maps.num_rows, F)
     if h_NG.numel():
-        tile = tile or tile_for("up", Sizes(maps.num_rows, experts, G, D), x_TD)
+        tile = tile or up_tile(Sizes(maps.num_rows, experts, G, D), x_TD, variant.activation)
         map_P2 = maps.of(tile.block_m)
         grid = (map_P2.shape[0] * triton.cdiv(F, tile.block_n // 2),)
         bias_eG = variant.biases[0] if variant.biases else None
@@ -265,6 +275,12 @@ def launch_up(
         with torch.cuda.device_of(x_TD):
             up_kernel[grid](*tensors, top_k, D, F, variant.activation, **launch_options(tile))
     return h_NG, a_NF
+
+
+def up_tile(sizes: Sizes, like: Tensor, activation: str) -> Tile:
+    """The tile of up_kernel; arguments as of `tile_for`."""
+    tile = tile_for("up", sizes, like)
+    return replace(tile, block_n=min(tile.block_n, GELU_COLUMNS)) if activation == "geglu" else tile
 
 
 def launch_grad_h(

@@ -14,16 +14,36 @@ contiguous along the sum, as sm_90 wants FP8.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe.kernels.grouped_gemm.triton_kernel import TileMaps, gathered, tile_rows
-from moe.kernels.quantize import formats
+from moe.kernels.quantize import formats, quantize_weights
 from moe.kernels.quantize.formats import Quantized
 
 BLOCK = tl.constexpr(formats.FORMATS["fp8"].block)
+
+
+class Weight(NamedTuple):
+    """A weight [e, N, K] of a product that sums over K, in blocks, and where its parts are.
+
+    Attributes:
+        values: of all experts.
+        scales: as a kernel loads them.
+        columns: of the product, N.
+        strides: where a kernel finds the parts. In fp8 those of scales, from expert to expert, from block to
+            block of n, and of k. In mxfp8 those of values from expert to expert and from n to n, then the
+            same of scales.
+    """
+
+    values: Tensor
+    scales: Tensor
+    columns: int
+    strides: tuple[int, ...]
 
 
 @triton.jit
@@ -87,14 +107,12 @@ def fp8_gemm_kernel(
     TOP_K: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
-    SCALES_ARE_KN: tl.constexpr,
+    W_STRIDES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """out[r] = a[row of r] @ w[expert of r]^T, w [e, N, K]. Grid as in grouped_gemm_kernel."""
     tiles_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    blocks_N: tl.constexpr = (N + BLOCK - 1) // BLOCK
-    blocks_K: tl.constexpr = (K + BLOCK - 1) // BLOCK
     expert, o_M, m_M = tile_rows(p_ends, p_map, tl.program_id(0) // tiles_N, BLOCK_M)
     if expert < 0:
         return
@@ -104,13 +122,13 @@ def fp8_gemm_kernel(
         p_a,
         p_a_scales,
         p_w + expert * (N * K),
-        p_w_scales + expert * (blocks_N * blocks_K),
+        p_w_scales + expert * W_STRIDES[0],
         gathered(p_order, o_M, m_M, TOP_K),
         m_M,
         o_N,
         m_N,
-        1 if SCALES_ARE_KN else blocks_K,
-        blocks_N if SCALES_ARE_KN else 1,
+        W_STRIDES[1],
+        W_STRIDES[2],
         K,
         BLOCK_M,
         BLOCK_N,
@@ -200,13 +218,20 @@ def wgrad_tile(rows: int, columns: int) -> dict[str, int]:
     return {"BLOCK_MN": block, "num_warps": 8 if block == 128 else 4, "num_stages": 4}
 
 
+def fp8_weight(w_eNK: Tensor, *, transposed: bool = False, format: str = "fp8") -> Weight:
+    """A weight to sum over K with or, transposed, to sum over N with; contiguous. Its squares serve both."""
+    values, scales = quantize_weights(w_eNK, transposed=transposed, format=format, backend="triton")
+    _, blocks_N, blocks_K = scales.shape
+    by_block = (1, blocks_K) if transposed else (blocks_K, 1)
+    return Weight(values, scales, values.shape[1], (blocks_N * blocks_K, *by_block))
+
+
 def launch_fp8_gemm(
     a: Quantized,
-    w: Quantized,
+    w: Weight,
     maps: TileMaps,
     *,
     out_dtype: torch.dtype,
-    scales_are_kn: bool = False,
     order_R: Tensor | None = None,
     top_k: int = 1,
 ) -> Tensor:
@@ -214,22 +239,21 @@ def launch_fp8_gemm(
 
     Args:
         a: values [., K] and scales [., K / 128].
-        w: values [e, N, K] and scales [e, N / 128, K / 128].
+        w: of `fp8_weight`, with K summed over.
         maps: of the experts' rows.
         out_dtype: of the result.
-        scales_are_kn: w is a transposed weight, whose scales are still [e, K / 128, N / 128].
         order_R: row r is a[order[r] // top_k]; None takes a's rows as they come.
         top_k: as said.
     """
-    experts, N, K = w.values.shape
-    out_RN = a.scales.new_empty(maps.num_rows, N, dtype=out_dtype)
+    N, K = w.columns, a.values.shape[1]
+    out_RN = a.values.new_empty(maps.num_rows, N, dtype=out_dtype)
     if out_RN.numel():
-        tile = gemm_tile(maps.num_rows // experts, N)
+        tile = gemm_tile(maps.num_rows // maps.ends_e.numel(), N)
         map_P2 = maps.of(tile["BLOCK_M"])
         grid = (map_P2.shape[0] * triton.cdiv(N, tile["BLOCK_N"]),)
-        tensors = (*a, *w, out_RN, order_R, maps.ends_e, map_P2)
+        tensors = (*a, w.values, w.scales, out_RN, order_R, maps.ends_e, map_P2)
         with torch.cuda.device_of(out_RN):
-            fp8_gemm_kernel[grid](*tensors, top_k, N, K, scales_are_kn, **tile)
+            fp8_gemm_kernel[grid](*tensors, top_k, N, K, w.strides, **tile)
     return out_RN
 
 

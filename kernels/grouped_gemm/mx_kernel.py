@@ -9,14 +9,12 @@ sm_90 cannot. Blocks lie along the sum: a weight is quantised once for each dime
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe.kernels.grouped_gemm.fp8_kernel import tiles_of_expert
+from moe.kernels.grouped_gemm.fp8_kernel import Weight, tiles_of_expert
 from moe.kernels.grouped_gemm.triton_kernel import TileMaps, gathered, tile_rows
 from moe.kernels.quantize import quantize_columns, quantize_rows
 from moe.kernels.quantize.formats import FORMATS, ROW_TILE, Quantized
@@ -28,20 +26,6 @@ E4M3 = tl.constexpr("e4m3")
 
 # Not tuned on a GPU yet. Wider tiles: triton has computed 256 columns wrong on sm_100 (marin#7484).
 TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4}
-
-
-class MxWeight(NamedTuple):
-    """A weight [e, N, K] in blocks along K, and where its parts are.
-
-    Attributes:
-        values: of all experts.
-        scales: as bytes.
-        strides: in values from expert to expert and from n to n; the same in scales.
-    """
-
-    values: Tensor
-    scales: Tensor
-    strides: tuple[int, int, int, int]
 
 
 @triton.jit
@@ -172,24 +156,23 @@ def mx_wgrad_kernel(
     tl.store(p_out_MN, b_sum.to(p_out.dtype.element_ty), mask=(o_M < M)[:, None] & (o_N < N)[None, :])
 
 
-def mx_weight(w_eNK: Tensor, *, transposed: bool = False) -> MxWeight:
+def mx_weight(w_eNK: Tensor, *, transposed: bool = False) -> Weight:
     """A weight to sum over K with or, transposed, to sum over N with; contiguous."""
     experts, N, K = w_eNK.shape
     if not transposed:
         values, scales = quantize_rows(w_eNK.view(-1, K), format="mxfp8", backend="triton")
         blocks = scales.shape[1]
-        return MxWeight(values, storage(scales), (N * K, K, N * blocks, blocks))
+        return Weight(values, storage(scales), N, (N * K, K, N * blocks, blocks))
     ends_e = torch.arange(1, experts + 1, dtype=torch.int32, device=w_eNK.device) * N
     values, scales = quantize_columns(w_eNK.view(-1, K), ends_e, format="mxfp8", backend="triton")
     tiles, blocks = triton.cdiv(N, ROW_TILE), ROW_TILE // FORMATS["mxfp8"].block
     strides = (tiles * ROW_TILE, values.shape[1], tiles * blocks, scales.shape[1])
-    return MxWeight(values, storage(scales), strides)
+    return Weight(values, storage(scales), K, strides)
 
 
 def launch_mx_gemm(
     a: Quantized,
-    w: MxWeight,
-    columns: int,
+    w: Weight,
     maps: TileMaps,
     *,
     out_dtype: torch.dtype,
@@ -200,20 +183,19 @@ def launch_mx_gemm(
 
     Args:
         a: values [., K] and scales [., K / 32].
-        w: with K summed over.
-        columns: N.
+        w: of `mx_weight`, with K summed over.
         maps: of the experts' rows.
         out_dtype: of the result.
         order_R: row r is a[order[r] // top_k]; None takes a's rows as they come.
         top_k: as said.
     """
-    out_RN = a.values.new_empty(maps.num_rows, columns, dtype=out_dtype)
+    out_RN = a.values.new_empty(maps.num_rows, w.columns, dtype=out_dtype)
     if out_RN.numel():
         map_P2 = maps.of(TILE["BLOCK_M"])
-        grid = (map_P2.shape[0] * triton.cdiv(columns, TILE["BLOCK_N"]),)
+        grid = (map_P2.shape[0] * triton.cdiv(w.columns, TILE["BLOCK_N"]),)
         operands = (a.values, storage(a.scales), w.values, w.scales)
         tensors = (*operands, out_RN, order_R, maps.ends_e, map_P2)
-        sizes = (top_k, columns, a.values.shape[1], w.strides)
+        sizes = (top_k, w.columns, a.values.shape[1], w.strides)
         with torch.cuda.device_of(out_RN):
             mx_gemm_kernel[grid](*tensors, *sizes, **TILE)
     return out_RN

@@ -75,6 +75,19 @@ def halves(x, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def eighths(x, M: tl.constexpr, N: tl.constexpr):
+    """The eighths of the columns of [M, N], in registers."""
+    b_left, b_right = halves(x, M, N)
+    b_0, b_1 = halves(b_left, M, N // 2)
+    b_2, b_3 = halves(b_right, M, N // 2)
+    b_00, b_01 = halves(b_0, M, N // 4)
+    b_10, b_11 = halves(b_1, M, N // 4)
+    b_20, b_21 = halves(b_2, M, N // 4)
+    b_30, b_31 = halves(b_3, M, N // 4)
+    return b_00, b_01, b_10, b_11, b_20, b_21, b_30, b_31
+
+
+@triton.jit
 def row_products(
     p_a,
     p_w,

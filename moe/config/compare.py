@@ -21,6 +21,7 @@ _TRAINING_KEYS = (
     "router.jitter",
     "router.capacity_factor",
     "expert_precision",
+    "expert_fp8_input_store",
 )
 # Keys that only the other kind of attention reads.
 _UNREAD_KEYS = {

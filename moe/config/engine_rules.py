@@ -46,6 +46,7 @@ def _offload(offload: str, stage: int) -> str | None:
 ENGINE_CHECKS: tuple[Check, ...] = (
     _only_megatron("parallel.pp", 1, "ZeRO shards what a pipeline would split"),
     _only_megatron("parallel.cp", 1, "it would not add up gradients over parts of a sequence"),
+    _only_megatron("parallel.etp", 1, "ZeRO knows groups of whole experts only"),
     _only_megatron("parallel.overlap_grad_reduce", False, "ZeRO has its own overlap"),
     _only_deepspeed("engine.zero_stage", 1),
     _only_deepspeed("engine.offload", "none"),

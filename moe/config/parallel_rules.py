@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-def _expert_tensor(etp: int, tp: int, ep: int) -> str | None:
-    if etp == 1:
+def _expert_slices(etp: int, hidden: int, precision: str, expert_precision: str) -> str | None:
+    if expert_precision == "wide":
+        multiple, needing = 8 if precision == "bf16" else 4, f"train.precision={precision}"  # 16 bytes
+    else:
+        multiple, needing = 128, f"model.expert_precision={expert_precision}"  # a tile of scales
+    if etp == 1 or hidden % (etp * multiple) == 0:
+        return None
+    allowed = ", ".join(str(n) for n in range(1, hidden + 1) if hidden % (n * multiple) == 0)
+    return (
+        f"parallel.etp={etp} does not split model.expert_hidden_size={hidden} into parts that are multiples "
+        f"of {multiple}, as {needing} needs; allowed: {allowed or 1}"
+    )
+
+
+def _bias_slices(etp: int, hidden: int, bias: bool) -> str | None:
+    if not bias or hidden % etp == 0:
         return None
     return (
-        f"parallel.etp={etp}: experts stay whole, for split products are narrow. Tensor-parallel ranks "
-        f"share experts out, too: use parallel.etp=1 and parallel.ep={ep * etp} with parallel.tp={tp}"
+        f"parallel.etp={etp} does not divide model.hidden_size={hidden}, over which the biases of "
+        "model.expert_bias=true are split; use a divisor of both hidden sizes"
     )
 
 
@@ -62,7 +76,11 @@ def _sequence(length: int, tp: int, cp: int) -> str | None:
 
 
 PARALLEL_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
-    (("parallel.etp", "parallel.tp", "parallel.ep"), _expert_tensor),
+    (
+        ("parallel.etp", "model.expert_hidden_size", "train.precision", "model.expert_precision"),
+        _expert_slices,
+    ),
+    (("parallel.etp", "model.hidden_size", "model.expert_bias"), _bias_slices),
     (("parallel.stage_layers", "parallel.pp", "parallel.vpp", "model.num_layers"), _stage_layers),
     (("parallel.vpp", "parallel.pp"), _chunks),
     (("parallel.overlap_param_gather", "parallel.overlap_grad_reduce"), _overlap),

@@ -84,35 +84,39 @@ def _world(world: int, tp: int, pp: int, cp: int) -> str | None:
     )
 
 
-def _ep_ranks(ep: int, world: int, pp: int) -> str | None:
+def _ep_ranks(ep: int, etp: int, world: int, pp: int) -> str | None:
     per_stage, rest = divmod(world, pp)
-    if rest or per_stage % ep == 0:  # a rest is _world's finding
+    if rest or per_stage % (ep * etp) == 0:  # a rest is _world's finding
         return None
+    size = f"parallel.ep={ep}" if etp == 1 else f"parallel.ep*parallel.etp = {ep}*{etp} = {ep * etp}"
     return (
-        f"parallel.ep={ep} does not divide the {per_stage} rank(s) of a pipeline stage; "
-        f"allowed: {_divisors(per_stage)}"
+        f"{size} does not divide the {per_stage} rank(s) of a pipeline stage; allowed: {_divisors(per_stage)}"
     )
 
 
-def _dispatcher(dispatcher: str) -> str | None:
-    """Fused dispatchers are refused until one was run: rows that went astray would train without a word."""
-    libraries = {"deepep": "DeepEP", "hybridep": "HybridEP, of DeepEP's branch hybrid-ep,"}
-    if dispatcher not in libraries:
+def _fused(dispatcher: str, ep: int, precision: str, device: str) -> str | None:
+    """What the libraries can never do; whether one is here is seen at start (moe.layer.fused_library)."""
+    if dispatcher not in ("deepep", "hybridep"):
         return None
-    return (
-        f"parallel.dispatcher={dispatcher}: {libraries[dispatcher]} is a CUDA library (package deep_ep, for "
-        "Hopper, sm_90, or Blackwell, sm_100, with NVLink and RDMA) that has no tested adapter here yet; "
-        "use parallel.dispatcher=hierarchical, which sends as many rows over the network, or alltoall"
-    )
+    if ep == 1:
+        return f"parallel.dispatcher={dispatcher} moves nothing with parallel.ep=1; use alltoall"
+    if precision != "bf16" or device == "cpu":
+        return (
+            f"parallel.dispatcher={dispatcher} is a CUDA library that sums rows in bf16, but train.precision="
+            f"{precision} and engine.device={device}; use parallel.dispatcher=hierarchical or alltoall"
+        )
+    return None
 
 
-def _whole_nodes(dispatcher: str, per_node: int, ep: int) -> str | None:
+def _whole_nodes(dispatcher: str, per_node: int, ep: int, etp: int) -> str | None:
     if dispatcher != "hierarchical" or (per_node == 0 and ep > 1):  # the launcher's number is seen at start
         return None
-    if per_node and ep % per_node == 0 and ep > per_node:
+    ranks = ep * etp
+    if per_node and ranks % per_node == 0 and ranks > per_node and per_node % etp == 0:
         return None
+    size = f"parallel.ep={ep}" if etp == 1 else f"parallel.ep*parallel.etp = {ep}*{etp} = {ranks}"
     return (
-        f"parallel.dispatcher=hierarchical needs parallel.ep={ep} to be two or more whole nodes of "
+        f"parallel.dispatcher=hierarchical needs {size} to be two or more whole nodes of "
         f"parallel.ranks_per_node={per_node}; inside one node use parallel.dispatcher=alltoall"
     )
 
@@ -312,14 +316,23 @@ def _aligned(key: str) -> Rule:
     return Rule((key, "train.precision"), check)
 
 
+def _fp8_store(stores: bool, precision: str) -> str | None:
+    if not stores or precision != "wide":
+        return None
+    return (
+        "model.expert_fp8_input_store=true saves in the format of model.expert_precision, which is wide; "
+        "use fp8, fp8_power_of_two or mxfp8"
+    )
+
+
 RULES: tuple[Rule, ...] = (
     _aligned("model.hidden_size"),
     _aligned("model.expert_hidden_size"),
     Rule(_LAYOUT, _world),
-    Rule(("parallel.ep", "world_size", "parallel.pp"), _ep_ranks),
+    Rule(("parallel.ep", "parallel.etp", "world_size", "parallel.pp"), _ep_ranks),
     _divides("parallel.ep", "model.num_experts"),
-    Rule(("parallel.dispatcher",), _dispatcher),
-    Rule(("parallel.dispatcher", "parallel.ranks_per_node", "parallel.ep"), _whole_nodes),
+    Rule(("parallel.dispatcher", "parallel.ep", "train.precision", "engine.device"), _fused),
+    Rule(("parallel.dispatcher", "parallel.ranks_per_node", "parallel.ep", "parallel.etp"), _whole_nodes),
     *(Rule(keys, check) for keys, check in PARALLEL_CHECKS),
     _divides("parallel.tp", "model.attention.num_heads"),
     _divides("parallel.tp", "model.ffn_hidden_size"),
@@ -343,6 +356,7 @@ RULES: tuple[Rule, ...] = (
     _only_gqa("model.attention.sinks", off=False),
     _only_gqa("model.attention.sliding_window", 0),
     Rule(("model.top_k", "model.num_experts"), _top_k),
+    Rule(("model.expert_fp8_input_store", "model.expert_precision"), _fp8_store),
     Rule(("model.num_dense_layers", "model.num_layers"), _dense_layers),
     Rule(("model.router.top_groups", "model.router.num_groups"), _top_groups),
     Rule(("model.router.num_groups", "model.num_experts"), _expert_groups),

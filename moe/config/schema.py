@@ -115,6 +115,8 @@ class ModelSection(Section):
     expert_bias: bool = False  # routed experts have biases (gpt-oss)
     # Operands of the experts' products: wide is train.precision, others are quantised (kernels/quantize).
     expert_precision: Literal["wide", "fp8", "fp8_power_of_two", "mxfp8"] = "wide"
+    # The activation's input is saved in that format, too (activation_func_fp8_input_store of Megatron-Core).
+    expert_fp8_input_store: bool = False
     shared_expert_hidden_size: CountOrZero = 0  # 0: no shared expert
     attention: AttentionSection
     router: RouterSection = RouterSection()
@@ -199,9 +201,12 @@ class ParallelSection(Section):
     # work for a token; the last chunk also has the output layer and multi-token prediction.
     stage_layers: tuple[CountOrZero, ...] = ()
     ep: Count = 1
-    etp: Count = 1  # ranks that split each expert; only 1, see rules.py
+    # Ranks that split each expert along its hidden size; tensor-parallel ranks are also used by ep, which
+    # leaves products whole and wide. Neighbouring ranks: etp * ep * (experts' replicas) = tp * cp * dp.
+    etp: Count = 1
     # How rows reach experts. alltoall: one for each (token, expert). hierarchical: one for each (token, node)
-    # over the network, handed on inside the node. deepep, hybridep: not available, see rules.py.
+    # over the network, handed on inside the node. deepep, hybridep: as many rows by kernels of the package
+    # deep_ep (Hopper, Blackwell), which a batch at start compares with alltoall (moe.layer.dispatch_check).
     dispatcher: Literal["alltoall", "hierarchical", "deepep", "hybridep"] = "alltoall"
     ranks_per_node: CountOrZero = 0  # for hierarchical; 0: as many as the launcher started on this machine
     overlap_shared_expert: bool = False  # compute shared experts while rows travel; the same bits

@@ -59,7 +59,8 @@ def compare_logits(
 def _as_published(model: ModelSection) -> ModelSection:
     """Without what transformers' model leaves out or never does: it drops no token and quantises nothing."""
     router = model.router.model_copy(update={"capacity_factor": 0.0})
-    return model.model_copy(update={"mtp_layers": 0, "expert_precision": "wide", "router": router})
+    wide = {"expert_precision": "wide", "expert_fp8_input_store": False}
+    return model.model_copy(update={"mtp_layers": 0, "router": router} | wide)
 
 
 @torch.no_grad()

@@ -31,6 +31,11 @@ class Weight:
     split: Split
     matmul: bool = True
 
+    @property
+    def is_of_muon(self) -> bool:
+        """Whether Muon moves it, if asked: matrices of layers and experts, not the head."""
+        return self.matmul and self.name != "head"
+
 
 @cache
 def block_weights(shape: Shape, *, dense: bool) -> tuple[Weight, ...]:

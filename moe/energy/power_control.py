@@ -235,6 +235,29 @@ class PowerControl(AbstractContextManager["PowerControl"]):
                 ) from error
 
 
+@contextlib.contextmanager
+def power_capped(
+    nvml: Any, uuids: Sequence[str], watts: float, *, allowed: bool, note: Callable[[str], None]
+) -> Iterator[None]:
+    """Cap GPUs inside a `with` block.
+
+    Args:
+        nvml: As of PowerControl.
+        uuids: The GPUs.
+        watts: Of each of them.
+        allowed: The user asked for changes.
+        note: Told what to run after a SIGKILL.
+
+    Raises:
+        InputError: `allowed` is false, or a GPU is unknown or cannot be capped so.
+        RestoreError: at the end, a GPU refused.
+    """
+    with PowerControl(nvml, uuids, allowed=allowed) as control:
+        control.set_power_limit(watts)
+        note("if this process is killed (SIGKILL), run: " + "; ".join(control.undo_commands))
+        yield
+
+
 def _exit(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 

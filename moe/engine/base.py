@@ -31,6 +31,7 @@ class Layout:
     ep: int
     cp: int
     dp: int
+    etp: int = 1
 
     def as_dict(self) -> dict[str, int]:
         """Plain dict for reports and manifests."""
@@ -47,6 +48,7 @@ class StepResult:
     grad_norm: float
     counts_LE: Tensor  # int64, CPU: tokens that chose each expert, one row an expert layer
     mtp_loss: float = 0.0  # nats per token, mean over the predictions of further tokens; without coefficient
+    max_attention_logit: float | None = None  # of all heads, before clipping; None without QK-clip
 
 
 @dataclass(frozen=True)

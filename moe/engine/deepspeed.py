@@ -24,8 +24,9 @@ from torch import Tensor
 
 from moe.checkpoint.shard_writer import InProcessShardWriter
 from moe.config.schema import RunConfig
+from moe.counts.checkpoint import run_checkpoint_bytes
 from moe.engine.base import Batch, EvalResult, StepResult, TrainingDivergedError
-from moe.engine.deepspeed_dtypes import two_dtypes
+from moe.engine.deepspeed_dtypes import sum_in_fp32, two_dtypes
 from moe.engine.deepspeed_groups import (
     MegatronGroups,
     WithExperts,
@@ -34,6 +35,7 @@ from moe.engine.deepspeed_groups import (
     mark_experts,
     sum_over_tensor_parallel_ranks,
 )
+from moe.engine.deepspeed_names import require_attributes
 from moe.engine.deepspeed_optimizer import build_adamw
 from moe.engine.deepspeed_settings import nothing_compiled, settings
 from moe.engine.deepspeed_state import ZeroState, templates_of
@@ -41,7 +43,8 @@ from moe.engine.megatron_job import MegatronJob, moe_layers_of
 from moe.engine.megatron_state import count_parameters
 from moe.engine.mtp_loss import forget_mtp_losses
 from moe.engine.token_loss import token_loss
-from moe.model.build import DTYPES, build_model, sharded_state
+from moe.model.build import build_model, sharded_state
+from moe.model.moe_adapter import node_groups
 
 
 class DeepSpeedEngine(MegatronJob):
@@ -59,14 +62,14 @@ class DeepSpeedEngine(MegatronJob):
 
     def _build(self, config: RunConfig) -> None:
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        self.model = build_model(config, groups, num_microbatches=self.num_microbatches)
+        nodes = node_groups(groups.ep, config)
+        self.model = build_model(config, groups, num_microbatches=self.num_microbatches, nodes=nodes)
         self.moe_layers = moe_layers_of([self.model])
         mark_experts(self.model)
         sum_over_tensor_parallel_ranks(self.model, groups.tp)
         whole = sharded_state(self.model)
         self.params_total = count_parameters([self.model])
-        # Each parameter with its fp32 main copy and two fp32 moments.
-        self.checkpoint_bytes = self.params_total * (DTYPES[config.train.precision].itemsize + 12)
+        self.checkpoint_bytes = run_checkpoint_bytes(config)
         templates = templates_of(whole, dp=groups.dp, expert_dp=groups.expt_dp)
         self.buffers = {name: s for name, s in whole.items() if not isinstance(s.data, torch.nn.Parameter)}
         self._undo.enter_context(expert_groups(groups))
@@ -80,15 +83,13 @@ class DeepSpeedEngine(MegatronJob):
                 dist_init_required=False,
             )
         self._undo.callback(self.zero.destroy)
-        if config.engine.zero_stage == 1 and config.train.precision == "bf16":
-            # Micro-batches are summed in fp32, as in the other stages. DeepSpeed 0.19 sees the fp32 router
-            # first, takes all gradients for fp32 and would let them add up in bf16.
-            self.optimizer.use_grad_accum_attribute = True
-            for parameter in self.model.parameters():
-                parameter.grad_accum = None
-        if config.engine.zero_stage == 3:
+        stage = config.engine.zero_stage
+        require_attributes(self.optimizer, next(self.model.parameters()), zero_stage=stage)
+        if config.train.precision == "bf16":
+            sum_in_fp32(self.optimizer, zero_stage=stage)
+        if stage == 3:
             declare_distant_parameters(self.model)
-        self.state = ZeroState(self.optimizer, templates, zero_stage=config.engine.zero_stage)
+        self.state = ZeroState(self.optimizer, templates, zero_stage=stage)
 
     # ---- training -----------------------------------------------------------------------------------------
 

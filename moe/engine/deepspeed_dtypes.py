@@ -1,9 +1,10 @@
-"""ZeRO-3 for a model whose parameters have two dtypes: a bf16 model keeps its routers in fp32.
+"""ZeRO for a model whose parameters have two dtypes: a bf16 model keeps its routers in fp32.
 
-DeepSpeed 0.19 puts the weights of all ranks' shares into one buffer, and refuses a second dtype; with weights
-in the host's memory it does not refuse but rounds them to the first dtype. Both places are replaced while
-ZeRO-3 starts. Each parameter group must be of one dtype (deepspeed_optimizer.py), and each dtype's groups
-neighbours.
+DeepSpeed 0.19 expects one. ZeRO-3 puts the weights of all ranks' shares into one buffer, and refuses a second
+dtype; with weights in the host's memory it does not refuse but rounds them to the first dtype. Both places
+are replaced while ZeRO-3 starts. ZeRO-1 and 2 take all gradients for those of the first dtype, the router's,
+and would add up those of many micro-batches in bf16. Each parameter group must be of one dtype
+(deepspeed_optimizer.py), and each dtype's groups neighbours.
 """
 
 from __future__ import annotations
@@ -60,3 +61,18 @@ def two_dtypes() -> Iterator[None]:
     finally:
         stage3.defragment = defragment
         DeepSpeedZeroOptimizer_Stage3._create_param_groups_fp16_flat_cpu_memory = host_memory
+
+
+def sum_in_fp32(optimizer: Any, *, zero_stage: int) -> None:
+    """Add up the micro-batches of a bf16 model in fp32, as DeepSpeed does for a model all in bf16.
+
+    Args:
+        optimizer: ZeRO's, before its first backward. ZeRO-3 adds up in fp32 by itself.
+        zero_stage: 1, 2 or 3.
+    """
+    if zero_stage == 1:
+        optimizer.use_grad_accum_attribute = True
+    elif zero_stage == 2:
+        # One fp32 buffer for each group's share. Without it, sums in the host's memory are of the parameters'
+        # dtype: over 32 micro-batches they were wrong by 1.5 % of a gradient's largest element.
+        optimizer._use_compact_grad_partition_buffer = lambda _group_idx: True

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe.config.schema import RunConfig
 from moe.engine.deepspeed_groups import EXPERT_GROUP, is_expert
+from moe.optim.decay import decays
 
 
 def build_adamw(config: RunConfig, model: nn.Module) -> torch.optim.AdamW:
@@ -52,9 +53,3 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, fp32_first: bool)
         }
         for key in sorted(groups)
     ]
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay acts on a parameter: not on norms and biases, but on all of the router."""
-    is_bias = name.endswith((".bias", ".b_gate_up_eG", ".b_down_eD"))
-    return ".router." in name or not (is_bias or parameter.dim() == 1)

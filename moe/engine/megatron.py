@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -23,14 +24,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from moe.config.schema import ParallelSection, RunConfig
+from moe.counts.checkpoint import run_checkpoint_bytes
 from moe.engine.base import Batch, EvalResult, StepResult, TrainingDivergedError
 from moe.engine.megatron_job import MegatronJob, moe_layers_of
 from moe.engine.megatron_optimizer import build_optimizer
 from moe.engine.megatron_state import count_parameters, load_state, save_state
 from moe.engine.mtp_loss import forget_mtp_losses, mean_over_sequence
 from moe.engine.token_loss import token_loss
-from moe.model.build import DTYPES, build_model, load_weights
+from moe.model.build import build_model, load_weights
 from moe.model.context_parallel import positions_of
+from moe.model.moe_adapter import node_groups
 
 
 class MegatronEngine(MegatronJob):
@@ -39,16 +42,17 @@ class MegatronEngine(MegatronJob):
     def _build(self, config: RunConfig) -> None:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         self.cp_group = groups.cp
-        self.models = [
-            build_model(config, groups, num_microbatches=self.num_microbatches, chunk=chunk).to(
-                self.torch_device
-            )
-            for chunk in range(config.parallel.vpp)
-        ]
+        build = partial(
+            build_model,
+            config,
+            groups,
+            num_microbatches=self.num_microbatches,
+            nodes=node_groups(groups.ep, config),
+        )
+        self.models = [build(chunk=chunk).to(self.torch_device) for chunk in range(config.parallel.vpp)]
         self.moe_layers = moe_layers_of(self.models)
         self.params_total = count_parameters(self.models)
-        # Each parameter with its fp32 main copy and two fp32 moments.
-        self.checkpoint_bytes = self.params_total * (DTYPES[config.train.precision].itemsize + 12)
+        self.checkpoint_bytes = run_checkpoint_bytes(config)
         self.ddps = [
             # Buckets are for the first chunk, whose reduction and gathering nothing else could hide.
             DistributedDataParallel(
@@ -56,7 +60,9 @@ class MegatronEngine(MegatronJob):
             )
             for chunk, model in enumerate(self.models)
         ]
-        self.optimizer = build_optimizer(config, self.ddps)
+        for adapter in self.moe_layers.values():
+            adapter.layer.experts.adds_to_main_grads = config.model.expert_precision == "wide"
+        self.optimizer, self.qk_clip = build_optimizer(config, self.ddps)
         megatron_config = self.models[0].config  # the one that the schedule reads
         megatron_config.grad_scale_func = self.optimizer.scale_loss
         no_sync = [ddp.no_sync for ddp in self.ddps]
@@ -92,7 +98,16 @@ class MegatronEngine(MegatronJob):
                 "Lower optim.lr and resume from a checkpoint"
             )
         counts_LE = self._reduce_counts()
-        return StepResult(loss, balance, z, float(grad_norm or 0.0), counts_LE, mtp_loss)
+        norm, logit = float(grad_norm or 0.0), self._max_attention_logit()
+        return StepResult(loss, balance, z, norm, counts_LE, mtp_loss, logit)
+
+    def _max_attention_logit(self) -> float | None:
+        """Of all layers and heads, wherever they are."""
+        if self.qk_clip is None:
+            return None
+        largest = self.qk_clip.largest.to(self.torch_device, copy=True)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return float(largest)
 
     def _run_schedule(
         self, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool

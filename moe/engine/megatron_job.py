@@ -23,6 +23,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from moe.config.schema import RunConfig
 from moe.engine.base import EvalResult, Layout
 from moe.engine.device import choose_device
+from moe.engine.fused_dispatcher import use_fused_dispatcher
 from moe.engine.mtp_loss import summed_mtp_loss
 from moe.engine.without_cuda import without_cuda
 from moe.layer import updated_bias
@@ -71,10 +72,13 @@ class MegatronJob:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.dp_rank = parallel_state.get_data_parallel_rank()
         dp = parallel_state.get_data_parallel_world_size()
-        self.layout = Layout(parallel.tp, parallel.pp, parallel.ep, parallel.cp, dp)
+        self.layout = Layout(parallel.tp, parallel.pp, parallel.ep, parallel.cp, dp, parallel.etp)
         self.device = torch.cuda.get_device_name() if self.torch_device.type == "cuda" else "cpu"
         self.num_microbatches = config.train.global_batch_size // (config.train.micro_batch_size * dp)
         self._build(config)
+        use_fused_dispatcher(
+            config, self.moe_layers, parallel_state.get_expert_model_parallel_group(), self.torch_device
+        )
 
     def _join(self, config: RunConfig) -> None:
         backend = "nccl" if self.torch_device.type == "cuda" else "gloo"

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -27,14 +29,21 @@ from torch import Tensor
 from moe.config.schema import RunConfig
 from moe.engine.megatron_qk_clip import QkClip, Slice
 from moe.model.build import DTYPES
+from moe.optim.decay import decays
 from moe.optim.matrices import Matrices, matrices_of
 from moe.optim.muon import Bucket, MuonAdamW, Piece
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def build_optimizer(config: RunConfig, ddps: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW or Muon over main parameters in fp32, sharded over dp; one for all chunks of a rank."""
+def build_optimizer(
+    config: RunConfig, ddps: Sequence[DistributedDataParallel]
+) -> tuple[MegatronOptimizer, QkClip | None]:
+    """AdamW or Muon over main parameters in fp32, sharded over dp; one for all chunks of a rank.
+
+    Returns:
+        The optimizer, and QK-clip where it acts after each step.
+    """
     optim = config.optim
     settings = OptimizerConfig(
         optimizer="adam",
@@ -63,6 +72,7 @@ def build_optimizer(config: RunConfig, ddps: Sequence[DistributedDataParallel]) 
             parameter.has_one_moment = True  # type: ignore[attr-defined]
         for part in parts_of(optimizer):
             part.optimizer = _muon(part, matrices, config)
+    clip = None
     if optim.qk_clip > 0:
         dense, *_ = parts_of(optimizer)
         clip = QkClip(
@@ -77,7 +87,7 @@ def build_optimizer(config: RunConfig, ddps: Sequence[DistributedDataParallel]) 
         # After its step each part gathers the weights of all its chunks, of other parts too (megatron-core
         # 0.16.1). The last part does it when all have stepped; before that it would be the same bytes again.
         part.model_chunks = []
-    return optimizer
+    return optimizer, clip
 
 
 def parts_of(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
@@ -86,8 +96,7 @@ def parts_of(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
 
 
 def _does_not_decay(parameter: Tensor, name: str) -> bool:
-    is_bias = name.endswith((".bias", ".b_gate_up_eG", ".b_down_eD"))
-    return (is_bias or parameter.dim() == 1) and ".router." not in name
+    return not decays(name, parameter)
 
 
 def _all_matrices(config: RunConfig, ddps: Sequence[DistributedDataParallel]) -> dict[Tensor, Matrices]:
@@ -105,12 +114,21 @@ def _muon(part: DistributedOptimizer, matrices: dict[Tensor, Matrices], config: 
         list(_buckets(part, matrices)),
         momentum=optim.muon_momentum,
         dtype=DTYPES[config.train.precision],
-        tp_group=part.tp_group,
+        tp_group=_splitting_ranks(part),
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         weight_decay=optim.weight_decay,
     )
+
+
+def _splitting_ranks(part: DistributedOptimizer) -> dist.ProcessGroup:
+    """The ranks that split its matrices; megatron-core 0.16 names those of dense ones for experts, too."""
+    parameters = (parameter for buffer in part.buffers for parameter in buffer.param_index_map)
+    of_experts = any(not getattr(parameter, "allreduce", True) for parameter in parameters)
+    group = parallel_state.get_expert_tensor_parallel_group() if of_experts else part.tp_group
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _buckets(part: DistributedOptimizer, matrices: dict[Tensor, Matrices]) -> Iterator[Bucket]:

@@ -67,6 +67,8 @@ class QkClip:
         ]
         for layer in self.layers:
             layer.split.logits = LargestLogits()
+        # Logit of the last step before clipping; it stays below all others on a stage without attention.
+        self.largest = torch.tensor(-torch.inf)
 
     @torch.no_grad()
     def __call__(self, *_: Any) -> None:
@@ -75,6 +77,7 @@ class QkClip:
             return
         largest_LH = torch.stack([layer.split.logits.take() for layer in self.layers])
         dist.all_reduce(largest_LH, op=dist.ReduceOp.MAX, group=self.dp_group)
+        self.largest = largest_LH.max()
         gamma_LH = self.tau / largest_LH.clamp(min=self.tau)
         for gamma_H, slices in zip(gamma_LH, self.slices, strict=True):
             for name, piece in slices:

@@ -1,7 +1,7 @@
 """Which ranks work together: the groups of each parallel axis, and which of them stay inside a node.
 
 Ranks are numbered as in Megatron-Core: tensor fastest, then context, data, pipeline. Experts have their own
-order over the ranks of a stage: expert, then expert-data. A node has consecutive ranks.
+order over the ranks of a stage: expert-tensor, expert, expert-data. A node has consecutive ranks.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ class Axis:
 
 def axes(parallel: ParallelSection, world_size: int) -> list[Axis]:
     """The axes of a layout whose sizes fit together (moe/config/rules.py checks that)."""
-    tp, cp, pp, ep = parallel.tp, parallel.cp, parallel.pp, parallel.ep
+    tp, cp, pp, ep, etp = parallel.tp, parallel.cp, parallel.pp, parallel.ep, parallel.etp
     stage = world_size // pp
     return [
         Axis("tp", tp, 1, "all-gather, reduce-scatter of activations, every layer"),
         Axis("cp", cp, tp, "keys and values, every layer"),
-        Axis("ep", ep, 1, "all-to-all of tokens, every expert layer"),
+        Axis("etp", etp, 1, "rows of split experts to all, partial sums back, every expert layer"),
+        Axis("ep", ep, etp, "all-to-all of tokens, every expert layer"),
         Axis(
             "dp",
             stage // (tp * cp),
             tp * cp,
             "reduce-scatter of gradients, all-gather of weights, every step",
         ),
-        Axis("edp", stage // ep, ep, "the same for experts, every step"),
+        Axis("edp", stage // (ep * etp), ep * etp, "the same for experts, every step"),
         Axis("pp", pp, stage, "send, receive of activations, every micro-batch"),
     ]
 

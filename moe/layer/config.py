@@ -26,6 +26,8 @@ class MoEConfig:
         activation: `swiglu`, `geglu` (both arXiv 2002.05202), or `clamped_swiglu` of gpt-oss.
         expert_bias: experts have biases, as gpt-oss's.
         precision: of the experts' products: `wide` is their dtype; others quantise (kernels.quantize).
+        fp8_input_store: the input of the activation is saved for the backward in that precision, too, in half
+            the memory; the forward computes with what is saved.
         score: `softmax` or `sigmoid` of the logits.
         score_before_topk: False takes the softmax over the chosen logits only (Mixtral, gpt-oss).
         renormalize: divide the chosen weights by their sum.
@@ -56,6 +58,7 @@ class MoEConfig:
     activation: str = "swiglu"
     expert_bias: bool = False
     precision: str = "wide"
+    fp8_input_store: bool = False
     score: str = "softmax"
     score_before_topk: bool = True
     renormalize: bool = False
@@ -102,6 +105,8 @@ class MoEConfig:
             value = getattr(self, field)
             if value not in allowed:
                 yield f"{field}={value!r} is unknown; allowed: {', '.join(allowed)}"
+        if self.fp8_input_store and self.precision == "wide":
+            yield f"fp8_input_store needs a precision of {', '.join(PRECISIONS[1:])}, got 'wide'"
 
     def _sizes(self) -> Iterator[str]:
         for field in ("hidden_size", "num_experts", "top_k", "expert_hidden_size", "tile_rows", "top_groups"):

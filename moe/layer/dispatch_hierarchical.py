@@ -12,6 +12,7 @@ for each (token, place), M the most of one token, R rows that arrive.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,12 +33,15 @@ class NodeGroups:
     across: dist.ProcessGroup  # the ranks with this rank's place in all nodes
 
 
-def split_by_node(group: dist.ProcessGroup, ranks_per_node: int) -> NodeGroups:
+def split_by_node(
+    group: dist.ProcessGroup, ranks_per_node: int, *, timeout_s: float | None = None
+) -> NodeGroups:
     """Make both groups; each rank of `group` must call it.
 
     Args:
         group: expert-parallel ranks; neighbours in it share a node.
         ranks_per_node: of the group.
+        timeout_s: longest wait for a lost rank; None is torch's.
 
     Raises:
         ValueError: if the group is not two or more whole nodes.
@@ -51,13 +55,15 @@ def split_by_node(group: dist.ProcessGroup, ranks_per_node: int) -> NodeGroups:
         )
     node, place = divmod(dist.get_rank(group), ranks_per_node)
     return NodeGroups(
-        inside=_new_group(ranks[node * ranks_per_node : (node + 1) * ranks_per_node]),
-        across=_new_group(ranks[place::ranks_per_node]),
+        inside=_new_group(ranks[node * ranks_per_node : (node + 1) * ranks_per_node], timeout_s),
+        across=_new_group(ranks[place::ranks_per_node], timeout_s),
     )
 
 
-def _new_group(ranks: list[int]) -> dist.ProcessGroup:
-    made = dist.new_group(ranks, use_local_synchronization=True)  # the other ranks need not call
+def _new_group(ranks: list[int], timeout_s: float | None) -> dist.ProcessGroup:
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+    # The other ranks need not call.
+    made = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return made
 

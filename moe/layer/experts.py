@@ -1,8 +1,9 @@
-"""The routed experts of one rank. e experts here, D model, F expert hidden, G = 2F."""
+"""The routed experts of one rank. e experts here, D model, F expert hidden (its slice here), G = 2F."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.kernels.expert_mlp import expert_mlp
@@ -15,6 +16,10 @@ class GroupedExperts(nn.Module):
 
     Gate and up share one weight (gate rows first, the order of Hugging Face's fused experts), so a token's
     row is read once.
+
+    Attributes:
+        adds_to_main_grads: The backward adds the gradients of the two weights to their `main_grad`, which an
+            engine made in fp32, and marks them with Megatron-Core's `grad_added_to_main_grad`.
     """
 
     def __init__(
@@ -22,6 +27,8 @@ class GroupedExperts(nn.Module):
         config: MoEConfig,
         num_local_experts: int,
         *,
+        slices: int = 1,
+        slice_here: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -30,19 +37,34 @@ class GroupedExperts(nn.Module):
         Args:
             config: of the layer.
             num_local_experts: e.
+            slices: ranks that split each expert: gate, up and down projection along F. Their outputs are
+                partial sums, to be added; the bias of the down projection is split over its D elements, so
+                that each is added once.
+            slice_here: which of them this is.
             dtype: of the weights.
             device: of the weights.
+
+        Raises:
+            ValueError: if an expert cannot be split so.
         """
         super().__init__()
         self.config = config
-        e, D, F = num_local_experts, config.hidden_size, config.expert_hidden_size
-        self.w_gate_up_eGD = nn.Parameter(torch.empty(e, 2 * F, D, dtype=dtype, device=device))
-        self.w_down_eDF = nn.Parameter(torch.empty(e, D, F, dtype=dtype, device=device))
+        self.slices, self.slice_here = slices, slice_here
+        self.adds_to_main_grads = False
+        e, D = num_local_experts, config.hidden_size
+        hidden, rest = divmod(config.expert_hidden_size, slices)
+        if rest or (config.expert_bias and D % slices):
+            raise ValueError(
+                f"experts of expert_hidden_size={config.expert_hidden_size} and hidden_size={D} cannot be "
+                f"split over {slices} expert-tensor-parallel ranks"
+            )
+        self.w_gate_up_eGD = nn.Parameter(torch.empty(e, 2 * hidden, D, dtype=dtype, device=device))
+        self.w_down_eDF = nn.Parameter(torch.empty(e, D, hidden, dtype=dtype, device=device))
         self.b_gate_up_eG: nn.Parameter | None = None
         self.b_down_eD: nn.Parameter | None = None
         if config.expert_bias:
-            self.b_gate_up_eG = nn.Parameter(torch.zeros(e, 2 * F, dtype=dtype, device=device))
-            self.b_down_eD = nn.Parameter(torch.zeros(e, D, dtype=dtype, device=device))
+            self.b_gate_up_eG = nn.Parameter(torch.zeros(e, 2 * hidden, dtype=dtype, device=device))
+            self.b_down_eD = nn.Parameter(torch.zeros(e, D // slices, dtype=dtype, device=device))
 
     def reset_parameters(self, std: float = 0.02, *, seed: int | None = None) -> None:
         """Normal initialisation with the given standard deviation; biases start at zero.
@@ -61,7 +83,7 @@ class GroupedExperts(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """y_RD: for each row that arrived the weighted sum over its pairs' experts.
+        """y_RD: for each row that arrived the weighted sum over its pairs' experts, of a slice a partial sum.
 
         Args:
             x_RD: dispatched.x_RD. By itself, because DeepSpeed's ZeRO-3 frees a module's weights when the
@@ -70,7 +92,7 @@ class GroupedExperts(nn.Module):
         """
         biases = None
         if self.b_gate_up_eG is not None and self.b_down_eD is not None:
-            biases = (self.b_gate_up_eG, self.b_down_eD)
+            biases = (self.b_gate_up_eG, self._own_elements(self.b_down_eD))
         return expert_mlp(
             x_RD,
             self.w_gate_up_eGD,
@@ -80,5 +102,22 @@ class GroupedExperts(nn.Module):
             activation=self.config.activation,
             biases=biases,
             precision=self.config.precision,
+            compress_h=self.config.fp8_input_store,
+            main_grads=self._main_grads(),
             backend=self.config.backend,
         )
+
+    def _main_grads(self) -> tuple[Tensor, Tensor] | None:
+        if not self.adds_to_main_grads or not torch.is_grad_enabled():
+            return None
+        for weight in (self.w_gate_up_eGD, self.w_down_eDF):
+            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return self.w_gate_up_eGD.main_grad, self.w_down_eDF.main_grad  # type: ignore[attr-defined]
+
+    def _own_elements(self, b_down_eD: Tensor) -> Tensor:
+        """The whole bias, zero where other slices have its elements."""
+        if self.slices == 1:
+            return b_down_eD
+        here = b_down_eD.shape[1]
+        before = self.slice_here * here
+        return F.pad(b_down_eD, (before, self.config.hidden_size - before - here))

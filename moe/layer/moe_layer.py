@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moe.layer.balance import router_losses
 from moe.layer.config import MoEConfig
 from moe.layer.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from moe.layer.dispatch_expert_tensor import ExpertTensorDispatcher
 from moe.layer.dispatch_hierarchical import HierarchicalDispatcher, NodeGroups
 from moe.layer.experts import GroupedExperts
 from moe.layer.router import Router
@@ -37,6 +38,7 @@ class MoELayer(nn.Module):
         *,
         shared_expert: nn.Module | None = None,
         ep_group: dist.ProcessGroup | None = None,
+        etp_group: dist.ProcessGroup | None = None,
         nodes: NodeGroups | None = None,
         overlap: bool = False,
         sequence_group: dist.ProcessGroup | None = None,
@@ -51,7 +53,8 @@ class MoELayer(nn.Module):
             config: sizes and settings.
             shared_expert: any module from tokens to outputs of their shape, in place of the config's own.
             ep_group: the ranks that share the experts, each holding E / ranks; None means all are here.
-            nodes: the same ranks by node; rows then cross the network once for each node, not each expert.
+            etp_group: the ranks that split each expert along its hidden size; None means they are whole.
+            nodes: ep_group by node; rows then cross the network once for each node, not each expert.
             overlap: compute the shared expert while rows travel to experts; changes no bit of any result.
             sequence_group: the ranks that hold the other positions of the same sequences.
             balance_group: the ranks whose tokens count for aux_loss='global'; None means this one only.
@@ -60,7 +63,7 @@ class MoELayer(nn.Module):
             device: of everything.
 
         Raises:
-            ValueError: if the experts cannot be split over ep_group.
+            ValueError: if the experts cannot be split over ep_group, or each over etp_group.
         """
         super().__init__()
         self.config = config
@@ -73,7 +76,15 @@ class MoELayer(nn.Module):
                 f"{config.num_experts} experts cannot be split over {ranks} expert-parallel ranks"
             )
         self.router = Router(config, device=device)
-        self.experts = GroupedExperts(config, config.num_experts // ranks, dtype=dtype, device=device)
+        slices, slice_here = (1, 0) if etp_group is None else (etp_group.size(), etp_group.rank())
+        self.experts = GroupedExperts(
+            config,
+            config.num_experts // ranks,
+            slices=slices,
+            slice_here=slice_here,
+            dtype=dtype,
+            device=device,
+        )
         self.shared_expert = shared_expert
         if shared_expert is None and config.shared_expert_hidden_size:
             self.shared_expert = SharedExpert(
@@ -86,16 +97,23 @@ class MoELayer(nn.Module):
             self.dispatcher = HierarchicalDispatcher(config.num_experts, nodes, backend=config.backend)
         else:
             self.dispatcher = AllToAllDispatcher(config.num_experts, ep_group, backend=config.backend)
+        if etp_group is not None and slices > 1:
+            self.dispatcher = ExpertTensorDispatcher(self.dispatcher, etp_group, backend=config.backend)
         if initialize and not self.router.weight_ED.is_meta:
-            self.reset_parameters(0 if ep_group is None else dist.get_rank(ep_group))
+            ep_rank = 0 if ep_group is None else dist.get_rank(ep_group)
+            self.reset_parameters(ep_rank * slices + slice_here)
 
-    def reset_parameters(self, ep_rank: int = 0) -> None:
-        """Draw the weights anew. Ranks that share the experts draw different ones from the same seed."""
+    def reset_parameters(self, place: int = 0) -> None:
+        """Draw the weights anew.
+
+        Args:
+            place: of this rank among those that share the experts: they draw different ones from one seed.
+        """
         std = self.config.init_std
         self.router.reset_parameters(std)
         if isinstance(self.shared_expert, SharedExpert):
             self.shared_expert.reset_parameters(std)
-        seed = int(torch.randint(2**62, ())) + ep_rank
+        seed = int(torch.randint(2**62, ())) + place
         self.experts.reset_parameters(std, seed=seed)
 
     def forward(self, x: Tensor) -> MoEOutput:

@@ -40,7 +40,7 @@ class Dispatched:
     x_RD: Tensor
     weights_RK: Tensor  # fp32, the combine weights travel with the rows
     index: tuple[Tensor, Tensor, Tensor]  # the R*K pairs by expert of this rank, from permute_index
-    exchange: Exchange | TwoHops | None  # None when all experts are here
+    exchange: Exchange | TwoHops | Carried | Gathered | None  # None when all experts are here
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,21 @@ class TwoHops:
 
     across: Hop
     inside: Hop
+
+
+@dataclass(frozen=True)
+class Carried:
+    """How rows travelled that a library moved: it alone can read its handle."""
+
+    handle: object
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows of all ranks that split the same experts, in rank order."""
+
+    own: Dispatched  # those of this rank
+    rows: tuple[int, ...]  # of each rank
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ an instrument sees CPUs, NICs, NVSwitches, fans and the loss of power supplies.
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import time
@@ -25,8 +26,6 @@ TIMEOUT_S = 10.0
 GAP_S = 5.0
 # A counter of whole kWh moves every ten minutes at 6 kW.
 COUNTER_STALL_S = 900.0
-# Each end of a run is unsure by up to one step of the counter.
-MAX_STEP = 0.03
 _LINE = re.compile(r"(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?) ?([WJ])")
 
 
@@ -87,15 +86,15 @@ class CommandMeter:
         except EnergyMeterError as error:
             return Audit(validity="invalid", detail=str(error))
 
-    def closing_audit(self) -> Audit:
-        """The audit of a whole run, which also says whether the counter was fine enough for it.
+    def step_j(self) -> float:
+        """Largest step of the counter so far, by which each end of a start is unsure.
 
-        Not asked on the way: at the beginning of a run any step is a large part of the total.
+        0 where the program gives watts, infinite where a counter has not moved.
+
+        Raises:
+            EnergyMeterError: as `read`.
         """
-        try:
-            return self._sampler.call(self._judge_steps)
-        except EnergyMeterError as error:
-            return Audit(validity="invalid", detail=str(error))
+        return self._sampler.call(lambda: 0.0 if self._unit == "W" else self._largest_step_j or math.inf)
 
     def close(self) -> None:
         """Stop the thread; waits for the program at most TIMEOUT_S."""
@@ -117,16 +116,6 @@ class CommandMeter:
             detail = f"the counter of `{self._argv[0]}` stands still since {now_s - self._moved_s:.0f} s"
             return Audit(validity="invalid", detail=detail)
         return Audit(validity="unchecked", detail="the operator's counter alone; no second instrument")
-
-    def _judge_steps(self) -> Audit:
-        audit, total_j, step_j = self._judge(), self._last_j - self._opening_j, self._largest_step_j
-        if self._unit == "W" or audit.validity == "invalid" or 0 < step_j <= MAX_STEP * total_j:
-            return audit
-        detail = (
-            f"the counter of `{self._argv[0]}` is too coarse for this run: {total_j:.6g} J in steps of up to "
-            f"{step_j:.6g} J, where {MAX_STEP:.0%} of the total are allowed"
-        )
-        return Audit(validity="invalid", detail=detail)
 
     def _take(self, answer: tuple[float, str]) -> None:
         value, unit = answer

@@ -92,6 +92,7 @@ def status_line(record: Mapping[str, Any], *, eta_s: float, estimated: bool) -> 
         _format("loss {:.4f}", record.get("loss")),
         _format("{:,.0f} tokens/s", record.get("tokens_per_s")),
         _format("balance {:.2f}", record.get("expert_load_max_over_mean")),
+        _format("logit {:,.1f}", record.get("max_attention_logit")),
         _format("~{:,.0f} W est." if estimated else "{:,.0f} W", record.get("power_w")),
         _format(_tokens_per_j(estimated), record.get("tokens_per_j")),
         "ENERGY INVALID" if record.get("energy_validity") == "invalid" else "",

@@ -16,6 +16,7 @@
     power_w                    mean since the line before, over all machines
     wall_s                     seconds in the training loop so far, over all starts
     heldout_loss, heldout_bits_per_byte    on evaluation steps only
+    max_attention_logit        of all heads, before clipping; where optim.qk_clip acts
     anything else              shown nowhere, kept for the reader (auxiliary losses, ...)
 
 `expert_load.jsonl`, one line whenever the loop chooses:

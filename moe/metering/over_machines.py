@@ -10,18 +10,43 @@ from moe.metering.boundaries import Level
 from moe.metering.energy import Audit
 from moe.metering.report import CrossCheck, Spread
 
+# Each end of a start is unsure by up to one step of a counter; asked at the end of the run, for at its
+# beginning any step is a large part of the total.
+MAX_STEP = 0.03
 
-def node_level(description: str | None, audits: Sequence[Audit], node_j: float) -> Level | None:
+
+def too_coarse(unsure_j: float, total_j: float) -> str | None:
+    """What is wrong with the counters of a run; None if they were fine enough.
+
+    Args:
+        unsure_j: Their steps, summed over machines and starts.
+        total_j: What they counted over all starts.
+    """
+    if unsure_j <= MAX_STEP * total_j or math.isnan(total_j):
+        return None
+    return (
+        f"the counter is too coarse for this run: {total_j:.6g} J in all, unsure by {unsure_j:.6g} J, "
+        f"where {MAX_STEP:.0%} are allowed"
+    )
+
+
+def node_level(
+    description: str | None, audits: Sequence[Audit], node_j: float, *, unsure_j: float
+) -> Level | None:
     """The level of whole machines; None if no instrument measures them.
 
     Args:
         description: Of the instruments.
         audits: Of each of them.
         node_j: Their joules over all starts; NaN where unknown.
+        unsure_j: As of `too_coarse`.
     """
     if description is None:
         return None
     invalid = [audit.detail for audit in audits if audit.validity == "invalid"]
+    coarse = too_coarse(unsure_j, node_j)
+    if coarse is not None:
+        invalid.append(coarse)
     if invalid or not math.isfinite(node_j):
         why = invalid[0] if invalid else "it failed, or an earlier start had none"
         return Level(boundary="node", basis="unknown", source=f"unknown: {description}: {why}", energy_j=None)

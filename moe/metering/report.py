@@ -19,13 +19,14 @@ class _Part(BaseModel):
 
 
 class Layout(_Part):
-    """Sizes of the tensor, pipeline, expert, context and data parallel groups."""
+    """Sizes of the tensor, pipeline, expert, context, data and expert tensor parallel groups."""
 
     tp: int
     pp: int
     ep: int
     cp: int
     dp: int
+    etp: int = 1
 
 
 class Spread(_Part):

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe.config.schema import RunConfig
+from moe.layer import NodeGroups
 from moe.model.init import init_weights, mark_tensor_parallel
 from moe.model.moe_adapter import MoEGroups
 from moe.model.norm import RMSNorm
@@ -87,10 +88,15 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
 
 
 def build_model(
-    config: RunConfig, groups: ProcessGroupCollection, *, num_microbatches: int, chunk: int = 0
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    *,
+    num_microbatches: int,
+    chunk: int = 0,
+    nodes: NodeGroups | None = None,
 ) -> GPTModel:
     """A chunk of this rank, initialised, on the CPU; arguments as of `assemble_model`."""
-    model = assemble_model(config, groups, num_microbatches=num_microbatches, chunk=chunk)
+    model = assemble_model(config, groups, num_microbatches=num_microbatches, chunk=chunk, nodes=nodes)
     init_weights(
         sharded_state(model),
         seed=config.run.seed,
@@ -112,7 +118,12 @@ def load_weights(model: GPTModel, directory: Path) -> None:
 
 
 def assemble_model(
-    config: RunConfig, groups: ProcessGroupCollection, *, num_microbatches: int, chunk: int = 0
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    *,
+    num_microbatches: int,
+    chunk: int = 0,
+    nodes: NodeGroups | None = None,
 ) -> GPTModel:
     """A chunk of this rank with memory for its weights, on torch's default device (meta needs none).
 
@@ -121,13 +132,14 @@ def assemble_model(
         groups: Megatron's process groups.
         num_microbatches: in a step; the router losses are divided by it.
         chunk: index among the rank's parallel.vpp chunks.
+        nodes: what `moe.model.moe_adapter.node_groups` made; None is the plain all-to-all.
     """
     parallel, megatron_config = config.parallel, transformer_config(config)
     place = chunk * parallel.pp + groups.pp.rank()  # in the order of the model
     is_last = place == parallel.pp * parallel.vpp - 1
     moe_params = {
         "model": config.model,
-        "groups": MoEGroups.of(groups, parallel),
+        "groups": MoEGroups.of(groups, nodes),
         "num_microbatches": num_microbatches,
         "kernels": config.engine.kernels,
         "overlap": parallel.overlap_shared_expert,

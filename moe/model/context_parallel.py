@@ -9,6 +9,9 @@ Shapes: S positions of the whole sequence, C = S / cp of this rank, c = C / tp u
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -34,6 +37,15 @@ class SequenceSplit:
         self.cp_group, self.cp, self.rank = cp_group, cp_group.size(), cp_group.rank()
         self.tp = tp_group.size()
         self.logits: LargestLogits | None = None  # set where QK-clip asks for them
+
+    @contextmanager
+    def logits_known(self) -> Iterator[None]:
+        """While attention is computed again, QK-clip noted its logits the first time."""
+        logits, self.logits = self.logits, None
+        try:
+            yield
+        finally:
+            self.logits = logits
 
     def positions(self, length: int, device: torch.device) -> Tensor:
         """Places of this rank's positions, for rotary embeddings."""

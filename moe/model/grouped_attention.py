@@ -75,7 +75,8 @@ class GroupedQueryAttention(MegatronModule):
     def forward(self, x_sBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """(output of the shape of x, its bias or None); causal whatever mask Megatron passes."""
         qkv_CBw, _bias = self.linear_qkv(x_sBD)
-        output, bias = self.linear_proj(recomputed(self.config, self._attend, qkv_CBw))
+        y_CBw = recomputed(self.config, self._attend, qkv_CBw, again=self.split.logits_known)
+        output, bias = self.linear_proj(y_CBw)
         return output, bias
 
     def _attend(self, qkv_CBw: Tensor) -> Tensor:

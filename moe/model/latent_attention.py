@@ -82,7 +82,8 @@ class LatentAttention(MegatronModule):
     def forward(self, x_sBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """(output of the shape of x, no bias); causal whatever mask Megatron passes."""
         q_sBq = x_sBD if self.linear_q_down is None else self.linear_q_down(x_sBD)
-        y_CBw = recomputed(self.config, self._attend, q_sBq, self.linear_kv_down(x_sBD))
+        kv_sBc = self.linear_kv_down(x_sBD)
+        y_CBw = recomputed(self.config, self._attend, q_sBq, kv_sBc, again=self.split.logits_known)
         output, _ = self.linear_proj(y_CBw)
         return output, None
 

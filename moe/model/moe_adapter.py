@@ -19,9 +19,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from moe.config.schema import ModelSection, ParallelSection
+from moe.config.schema import ModelSection, RunConfig
 from moe.errors import InputError
 from moe.layer import MoEConfig, MoELayer, NodeGroups, attach_loss, split_by_node
+from moe.model.expert_shards import SPLIT_DIM, expert_shards
 from moe.model.recompute import is_counted
 from moe.ranks import ranks_on_this_machine
 
@@ -31,35 +32,46 @@ class MoEGroups:
     """The process groups that the layer communicates in or is replicated over."""
 
     ep: dist.ProcessGroup
+    etp: dist.ProcessGroup  # ranks that split the same experts
     tp: dist.ProcessGroup
     dp: dist.ProcessGroup  # data (and context) parallel ranks: replicas of the router
-    expert_dp: dist.ProcessGroup  # ranks that hold the same experts
+    expert_dp: dist.ProcessGroup  # ranks that hold the same experts, or the same parts of them
     sequence: dist.ProcessGroup  # tensor- and context-parallel ranks: the other positions of the sequences
     cp: dist.ProcessGroup
     nodes: NodeGroups | None  # those of ep by node, for the hierarchical dispatcher
 
     @classmethod
-    def of(cls, groups: ProcessGroupCollection, parallel: ParallelSection) -> MoEGroups:
-        """From Megatron's; collective where groups are made.
-
-        Raises:
-            InputError: if the expert-parallel ranks are not whole nodes, as the dispatcher needs.
-        """
+    def of(cls, groups: ProcessGroupCollection, nodes: NodeGroups | None) -> MoEGroups:
+        """Megatron's, and those of `node_groups`."""
         return cls(
             ep=groups.ep,
+            etp=groups.expt_tp,
             tp=groups.tp,
             dp=groups.dp_cp,
             expert_dp=groups.expt_dp,
             sequence=groups.tp_cp,
             cp=groups.cp,
-            nodes=_nodes(groups.ep, parallel) if parallel.dispatcher == "hierarchical" else None,
+            nodes=nodes,
         )
 
 
-def _nodes(ep: dist.ProcessGroup, parallel: ParallelSection) -> NodeGroups:
+def node_groups(ep: dist.ProcessGroup, config: RunConfig) -> NodeGroups | None:
+    """The groups of the hierarchical dispatcher, where it is chosen; collective, once for all chunks.
+
+    Raises:
+        InputError: if the expert-parallel ranks are not whole nodes, as the dispatcher needs.
+    """
+    parallel = config.parallel
+    if parallel.dispatcher != "hierarchical":
+        return None
     per_node = parallel.ranks_per_node or ranks_on_this_machine()
+    of_ep, rest = divmod(per_node, parallel.etp)  # of neighbours that split the same experts ep has one
     try:
-        return split_by_node(ep, per_node)
+        if rest:
+            raise ValueError(
+                f"parallel.etp={parallel.etp} does not divide a node's ranks; use the plain all-to-all"
+            )
+        return split_by_node(ep, of_ep, timeout_s=config.engine.timeout_s)
     except ValueError as error:
         raise InputError(
             f"parallel.dispatcher=hierarchical: {error}, parallel.dispatcher=alltoall. "
@@ -101,6 +113,7 @@ def layer_config(model: ModelSection, kernels: str) -> MoEConfig:
         activation=model.expert_activation,
         expert_bias=model.expert_bias,
         precision=model.expert_precision,
+        fp8_input_store=model.expert_fp8_input_store,
         score=router.score,
         score_before_topk=router.score_before_topk,
         renormalize=router.renormalize,
@@ -159,6 +172,7 @@ class MoEAdapter(MegatronModule):
             layer_config(model, kernels),
             shared_expert=shared,
             ep_group=groups.ep,
+            etp_group=groups.etp,
             nodes=groups.nodes,
             overlap=overlap,
             sequence_group=groups.sequence if groups.sequence.size() > 1 else None,
@@ -174,11 +188,12 @@ class MoEAdapter(MegatronModule):
         self.register_buffer("weight_sum", torch.zeros(()), persistent=False)
 
     def _mark_parameters(self) -> None:
-        for weight in self.layer.experts.parameters():
+        for name, weight in self.layer.experts.named_parameters():
             # Reduced over the ranks that hold the same experts, never over plain data parallelism; and no
             # rank's copy is a tensor-parallel duplicate, so that the gradient norm counts every expert.
             weight.allreduce = False  # type: ignore[attr-defined]
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+            split_dim = SPLIT_DIM[name] if self.groups.etp.size() > 1 else 0
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=split_dim, stride=1)
         for weight in self.layer.router.parameters():
             weight.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -208,22 +223,17 @@ class MoEAdapter(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Experts sharded over ep and replicated over expert_dp; the router replicated over tp and dp."""
+        """Experts sharded over ep and etp and replicated over expert_dp; the router over tp and dp."""
         layer, groups = self.layer, self.groups
-        ep_rank, ep_size = dist.get_rank(groups.ep), dist.get_world_size(groups.ep)
         axis = len(sharded_offsets)
-        sharded: dict[str, Any] = {}
-        for name, tensor in layer.experts.named_parameters():
-            key = f"{prefix}layer.experts.{name}"
-            replica = (0, 0, dist.get_rank(groups.expert_dp))
-            sharded[key] = ShardedTensor.from_rank_offsets(
-                key,
-                tensor,
-                *sharded_offsets,
-                (axis, ep_rank, ep_size),
-                replica_id=replica,
-                prepend_axis_num=axis,
-            )
+        sharded = expert_shards(
+            dict(layer.experts.named_parameters()),
+            f"{prefix}layer.experts.",
+            sharded_offsets,
+            ep=groups.ep,
+            etp=groups.etp,
+            expert_dp=groups.expert_dp,
+        )
         replica = (0, dist.get_rank(groups.tp), dist.get_rank(groups.dp))
         for name, tensor in layer.router.state_dict(keep_vars=True).items():
             key = f"{prefix}layer.router.{name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,17 +21,29 @@ def recompute_settings(recompute: str) -> dict[str, Any]:
     return {}
 
 
-def recomputed(config: TransformerConfig, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def recomputed(
+    config: TransformerConfig,
+    compute: Callable[..., Tensor],
+    *inputs: Tensor,
+    again: Callable[[], AbstractContextManager[None]],
+) -> Tensor:
     """compute(*inputs); under selective recompute only the inputs are kept for the backward pass.
 
     Args:
         config: says whether.
         compute: draws no random numbers.
         inputs: what it takes.
+        again: makes what is open while it computes for the second time.
     """
     if config.recompute_granularity != "selective" or not torch.is_grad_enabled():
         return compute(*inputs)
-    output: Tensor = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+    output: Tensor = checkpoint(
+        compute,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), again()),
+    )
     return output
 
 

@@ -31,7 +31,7 @@ class Matrices:
         shape: Of the parameter, with a leading dimension for experts.
         segments: Rows of one matrix after another, again and again: (2 d, d, d) is two heads of queries,
             one of keys, one of values for each group.
-        split_dim: -2 or -1 where tensor-parallel ranks share out rows or columns; None: each has all.
+        split_dim: -2 or -1 where ranks share out rows or columns; None: each has all.
     """
 
     shape: tuple[int, ...]
@@ -39,11 +39,11 @@ class Matrices:
     split_dim: int | None = None
 
     def update(self, x_bNM: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-        """This rank's part of the orthogonalised matrices, scaled; collective over tp if they are split.
+        """This rank's part of the orthogonalised matrices, scaled; collective over the group if split.
 
         Args:
             x_bNM: momentum, of the parameter's shape; of experts, any of them.
-            tp_group: tensor-parallel ranks.
+            tp_group: tensor-parallel ranks, of experts those that split each one.
         """
         return self._joined([self._update_one(part, tp_group) for part in self._apart(x_bNM)])
 
@@ -84,9 +84,10 @@ def matrices_of(name: str, parameter: Tensor, model: ModelSection) -> Matrices |
         segments = _attention_segments(name, model.attention)
     if not segments:
         return None
-    # Experts bear Megatron's mark, too, for they are shared out over tp; each is whole.
-    is_split = len(shape) == 2 and getattr(parameter, "tensor_model_parallel", False)
-    return Matrices(shape, segments, parameter.partition_dim - 2 if is_split else None)  # type: ignore[attr-defined]
+    # Experts bear Megatron's mark in any case; where they are whole it names the dimension of experts.
+    marked = getattr(parameter, "tensor_model_parallel", False)
+    split_dim = parameter.partition_dim - len(shape) if marked else None  # type: ignore[attr-defined]
+    return Matrices(shape, segments, split_dim if split_dim in (-2, -1) else None)
 
 
 def _attention_segments(name: str, attention: AttentionSection) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from moe.planner.imbalance import imbalance
 from moe.planner.settings import Job
 
 _FP32 = 4
+_QUANTISED = 1 + 1 / 32  # bytes of a number with its share of a scale: 1 for 32 numbers, or 4 for 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,18 @@ def layer_saved(job: Job, *, dense: bool) -> Saved:
     )
 
 
+def materialises_attention(job: Job) -> bool:
+    """Whether all weights of attention are made, for kernels of torch know no sinks and no windows."""
+    attention = job.shape.attention
+    return not job.plan.is_te and (attention.sinks or attention.window > 0)
+
+
+def attention_weights(job: Job) -> float:
+    """Weights of attention for a token, on a rank: of all its heads for all keys and the sink."""
+    attention = job.shape.attention
+    return attention.num_heads / job.layout.tp * (job.seq_length + int(attention.sinks))
+
+
 def logits_bytes(job: Job) -> float:
     """The final norm, the output head's logits, and the fp32 copy that cross entropy turns into softmax."""
     copied = job.plan.cross_entropy != "in_place" and job.precision != "fp32"
@@ -64,15 +77,17 @@ def graph_bytes(job: Job) -> float:
 
 
 def workspace_bytes(job: Job) -> float:
-    """The largest gradients that live at once: of the rows entering the experts, and of what they save."""
-    rows = _rows(job)
+    """The largest gradients that live at once: of rows of experts and what these save, or of attention."""
     shape = job.shape
-    return rows * job.wide_bytes * (2 * shape.hidden_size + 3 * shape.expert_hidden_size / job.layout.etp)
+    numbers = 2 * shape.hidden_size + 3 * shape.expert_hidden_size / job.layout.etp
+    experts = _rows(job) * job.wide_bytes * numbers
+    weights = attention_weights(job) if materialises_attention(job) else 0.0
+    return max(experts, 2 * job.tokens * weights * _FP32)
 
 
 def _operand_bytes(job: Job, precision: str) -> float:
     """Bytes of a GEMM's saved input: quantised ones are kept quantised, MXFP8 with a scale for 32 numbers."""
-    return {"fp8": 1.0, "mxfp8": 1 + 1 / 32}.get(precision, job.wide_bytes)
+    return {"fp8": 1.0, "mxfp8": _QUANTISED}.get(precision, job.wide_bytes)
 
 
 def _stream(job: Job) -> float:
@@ -99,9 +114,12 @@ def _attention(job: Job) -> float:
         # Values stay a part of the projection's output, so all of that stays. A norm keeps its queries apart.
         normed = q + (q + k if job.plan.kernels == "torch" else 0)
         normed = 0 if attention.qk_norm == "none" else normed
-        # A softmax with sinks goes through a mask of the whole square, which has a gradient of its own.
-        sinks = H * job.seq_length / job.layout.cp * job.seq_length * wide if attention.sinks else 0
-        return T * ((q + k + v + q + k + normed) * wide + output) + sinks
+        if materialises_attention(job):
+            # In fp32, weights and operands; values that are so already stay in the projection's output.
+            operands = q + k + (0 if job.precision == "fp32" else v)
+            kept = q + k + v + normed + H * attention.v_dim
+            return T * (kept * wide + (operands + attention_weights(job)) * _FP32)
+        return T * ((q + k + v + q + k + normed) * wide + output)
     copies = 3 if job.plan.kernels == "torch" else 2
     kept = T / layout.tp * _compressed(job, copies=copies) * wide + T * output
     if "mla_up_proj" in job.recompute:
@@ -128,7 +146,7 @@ def _rows(job: Job) -> float:
 
 def _dispatch(job: Job) -> float:
     """Weights and maps from pairs to rows and back, once more where rows travel."""
-    return _rows(job) * (16 + _FP32) * (1 if job.layout.ep == 1 else 2)
+    return _rows(job) * (16 + _FP32) * (1 if job.layout.expert_ranks == 1 else 2)
 
 
 def _experts(job: Job) -> float:
@@ -136,11 +154,16 @@ def _experts(job: Job) -> float:
     D, F = job.shape.hidden_size, job.shape.expert_hidden_size / job.layout.etp
     if "moe" in job.recompute:
         return 0.0
-    # Ours gathers X from the norm's output in the GEMM, if all experts are here.
-    gathers = not job.plan.is_te and job.layout.expert_ranks == 1
+    # Ours gathers X in the GEMM where rows are tokens: the norm's output, or what ranks that split experts
+    # sent.
+    gathers = not job.plan.is_te and job.layout.ep == 1
+    of_tokens = D / job.shape.top_k if job.layout.etp > 1 else 0
     keeps_activation = job.plan.is_te and "moe_act" not in job.recompute
-    operands = (0 if gathers else D) + (F if keeps_activation else 0)
-    return _rows(job) * (operands * _operand_bytes(job, job.expert_precision) + 2 * F * job.wide_bytes)
+    operands = (of_tokens if gathers else D) + (F if keeps_activation else 0)
+    # Ours quantises X along other dimensions in the backward, so it keeps X as it came.
+    operand = _operand_bytes(job, job.expert_precision) if job.plan.is_te else job.wide_bytes
+    inputs = _QUANTISED if job.fp8_input_store else job.wide_bytes
+    return _rows(job) * (operands * operand + 2 * F * inputs)
 
 
 def _shared(job: Job) -> float:

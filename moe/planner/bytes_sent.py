@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from moe.planner.collectives import Exchange, Group, exchange_bytes
-from moe.planner.memory import held_params
+from moe.planner.collectives import Exchange, Group, exchange_bytes, expected_distinct
+from moe.planner.muon import muon_update
 from moe.planner.settings import Job
-from moe.planner.stages import Stage, stage_weights, stages_of
+from moe.planner.stages import Stage, held_params, router_params, stage_weights, stages_of
 
 FP32_BYTES = 4
 INT64_BYTES = 8
@@ -42,16 +42,22 @@ class Gathers:
         return self.count * self.whole_bytes * (ranks - 1) / ranks
 
 
+def once(whole_bytes: float) -> Gathers:
+    """One all-gather or reduce-scatter."""
+    return Gathers(count=1, whole_bytes=whole_bytes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BytesSent:
     """Bytes that one rank sends in one step.
 
     Attributes:
         expert: Rows, their weights and counts to experts on other ranks, and back.
-        tensor: Activations gathered and scattered, cross-entropy, gradients of replicated weights.
+        tensor: Activations gathered and scattered, cross-entropy, gradients of replicated weights, and
+            matrices that Muon moves.
         context: Keys and values.
         pipeline: Activations and their gradients to neighbouring stages; an embedding that two stages share.
-        data: Gradients reduced, weights gathered.
+        data: Gradients reduced, weights gathered, and Muon's momenta.
         control: Losses, expert loads, the gradient norm, the stop flag.
     """
 
@@ -96,14 +102,19 @@ def bytes_sent(
         + moe_layers * _sent(tensor_gathers(job, dense=False), layout.tp)
         + _sent(end_gathers(job, here), layout.tp)
     )
-    split_experts = expert_tensor_gathers(job).sent_bytes(layout.etp)
+    split_experts = _sent(expert_tensor_gathers(job), layout.etp)
     dense_data, expert_data = data_gathers(job, here)
+    muon = muon_update(job, here)
     return BytesSent(
-        expert=m * moe_layers * (_layer_expert_bytes(job, expert_group, away) + split_experts),
-        tensor=m * tensor + _replicated_gradients(job, here),
+        expert=m * moe_layers * (_layer_expert_bytes(job, expert_group, away) + split_experts)
+        + once(muon.expert_matrices_bytes).sent_bytes(layout.etp),
+        tensor=m * tensor
+        + _replicated_gradients(job, here)
+        + once(muon.dense_matrices_bytes).sent_bytes(layout.tp),
         context=m * (here.dense_layers + moe_layers) * context_gathers(job).sent_bytes(layout.cp),
         pipeline=m * pipeline_sends(job, here) * pipeline_bytes(job) + _shared_embedding(job, here),
-        data=_sent(dense_data, layout.dense_replicas) + _sent(expert_data, layout.edp),
+        data=_sent((*dense_data, once(muon.dense_momenta_bytes)), layout.dense_replicas)
+        + _sent((*expert_data, once(muon.expert_momenta_bytes)), layout.edp),
         control=_control(job, here),
     )
 
@@ -154,11 +165,24 @@ def end_gathers(job: Job, stage: Stage) -> tuple[Gathers, ...]:
     )
 
 
-def expert_tensor_gathers(job: Job) -> Gathers:
-    """Of one expert layer whose experts are split: rows gathered, partial outputs scattered, and backward."""
-    again = 2 if "full" in job.recompute else 0
-    rows = _stream_bytes(job) / job.layout.tp * job.shape.top_k * job.layout.etp
-    return Gathers(count=4 + again, whole_bytes=rows)
+def expert_tensor_gathers(job: Job) -> tuple[Gathers, ...]:
+    """Of one expert layer whose experts are split: rows gathered, partial outputs scattered, and backward.
+
+    With the rows go the weights and expert ids of their pairs, and before them how many they are. A row
+    arrives for each pair, or once for all pairs of a token here.
+    """
+    shape, layout = job.shape, job.layout
+    forwards = 2 if {"full", "moe"} & {*job.recompute} else 1
+    alone = layout.ep > 1 and job.plan.dispatcher not in DEDUPLICATING
+    arriving = shape.top_k if alone else expected_distinct(shape.top_k, layout.ep)
+    rows = job.tokens / layout.tp * arriving * layout.etp
+    pairs = rows if alone else rows * shape.top_k
+    return (
+        Gathers(count=2 * (forwards + 1), whole_bytes=rows * shape.hidden_size * job.wide_bytes),
+        Gathers(count=forwards + 1, whole_bytes=pairs * FP32_BYTES),
+        Gathers(count=forwards, whole_bytes=pairs * INT64_BYTES),
+        Gathers(count=forwards, whole_bytes=layout.etp * INT64_BYTES),
+    )
 
 
 def context_gathers(job: Job) -> Gathers:
@@ -251,8 +275,7 @@ def data_gathers(job: Job, stage: Stage) -> tuple[tuple[Gathers, ...], tuple[Gat
     """
     dense, experts = held_params(job, stage)
     weight_bytes = 1 if job.precision == "mxfp8" else job.wide_bytes
-    routers = sum(w.numel for w in stage_weights(job.shape, stage) if w.name == "router")
-    kept_wide = routers * (FP32_BYTES - weight_bytes)  # the router stays in fp32
+    kept_wide = router_params(job, stage) * (FP32_BYTES - weight_bytes)
     weights = (dense * weight_bytes + kept_wide, experts * weight_bytes)
     gradients = (dense * _gradient_bytes(job), experts * _gradient_bytes(job))
     zero, m = job.zero, job.num_microbatches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moe.counts.counts import params_total
+from moe.counts.checkpoint import checkpoint_bytes
 from moe.planner.energy import Energy
 from moe.planner.settings import Job
 from moe.planner.site import Site
@@ -95,7 +95,6 @@ def goodput(checkpoint_s: float, interval_s: float, mtbf_s: float, restart_s: fl
     return 1 / (1 + overhead)
 
 
-def _checkpoint_bytes(job: Job) -> float:
-    """Weights, main weights and moments."""
-    moments = 2 * (4 if job.plan.moments == "fp32" else 2)
-    return params_total(job.shape) * (2 + 4 + moments)
+def _checkpoint_bytes(job: Job) -> int:
+    moment_bytes = 4 if job.plan.moments == "fp32" else 2
+    return checkpoint_bytes(job.shape, weight_bytes=job.wide_bytes, muon=job.muon, moment_bytes=moment_bytes)

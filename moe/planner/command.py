@@ -15,7 +15,7 @@ from moe.planner.report import plan_text, search_text, validation_text, what_if_
 from moe.planner.search import Found, Objective, as_overrides, search
 from moe.planner.settings import PlanConfig, load_plan_config, make_job, searched_job
 from moe.planner.site import Site, load_site
-from moe.planner.validate import published_rows, summary, validate
+from moe.planner.validate import Comparison, compare_all, published_rows, summary, validate
 
 OBJECTIVES = ("time", "tokens_per_j")
 
@@ -74,24 +74,38 @@ def _planned(request: Request, *, as_object: bool) -> str:
 
 def _validation(*, as_object: bool) -> str:
     """Rerun the published table."""
-    comparisons, rows = validate(), published_rows()
+    comparisons, rows = compare_all(), published_rows()
     if not as_object:
         return validation_text(comparisons, rows)
-    planned = [
+    held_out, examined = (
+        tuple(one for one in comparisons if one.row.table == table) for table in ("held_out", "examined")
+    )
+    return json.dumps(
         {
-            "id": comparison.row.id,
-            "source": comparison.row.source,
-            "measured_step_s": comparison.measured_s,
-            "step_s": comparison.planned_s,
-            "step_error": comparison.step_error,
-            "measured_memory_gib": comparison.row.memory_gib or None,
-            "memory_gib_worst_rank": comparison.planned_gib,
-            "memory_error": comparison.memory_error,
+            "rows": [_as_object(one) for one in validate()],
+            "rows_assuming": [_as_object(one) for one in comparisons if one.row.assumes],
+            "rows_held_out": [_as_object(one) for one in held_out],
+            "rows_examined": [_as_object(one) for one in examined],
+            "not_rerun": [{"id": row.id, "missing": row.missing} for row in rows if row.missing],
+            "summary": summary(validate()),
+            "summary_held_out": summary(held_out),
+            "summary_examined": summary(examined),
         }
-        for comparison in comparisons
-    ]
-    missing = [{"id": row.id, "missing": row.missing} for row in rows if row.missing]
-    return json.dumps({"rows": planned, "not_rerun": missing, "summary": summary(comparisons)})
+    )
+
+
+def _as_object(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "id": comparison.row.id,
+        "source": comparison.row.source,
+        "assumes": comparison.row.assumes or None,
+        "measured_step_s": comparison.measured_s,
+        "step_s": comparison.planned_s,
+        "step_error": comparison.step_error,
+        "measured_memory_gib": comparison.row.memory_gib or None,
+        "memory_gib_worst_rank": comparison.planned_gib,
+        "memory_error": comparison.memory_error,
+    }
 
 
 def _config(request: Request, more: Sequence[str]) -> PlanConfig:

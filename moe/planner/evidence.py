@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moe.planner.settings import Job
-from moe.planner.validate import Comparison, validate
+from moe.planner.validate import Comparison, compare_all, validate
 
 EXACT = frozenset({"params_total", "params_active", "params_active_no_embedding", "flops_per_token"})
 # Factors on the worst error of a kind of GPU where no run is alike, and what natural routing adds: half of
@@ -58,20 +58,22 @@ def _of_figure(job: Job, name: str, value: float) -> Evidence:
 
 def _time_error(job: Job) -> tuple[bool, float]:
     """(whether published runs are alike, relative half-width)."""
-    rows = validate()
-    of_gpu = [row for row in rows if row.row.gpu == job.gpu.name]
+    of_gpu = [row for row in compare_all() if row.row.gpu == job.gpu.name and not row.row.assumes]
     alike = [row for row in of_gpu if _is_alike(row, job)]
-    worst = max(abs(row.step_error) for row in of_gpu or rows)
+    fitted = [row for row in validate() if row.row.gpu == job.gpu.name]
+    worst = max(abs(row.step_error) for row in [*alike, *(fitted or validate())])
     natural = NATURAL if job.plan.routing == "natural" else 0.0
     return bool(alike) and not natural, worst * (1 if alike else UNLIKE) + natural
 
 
 def _is_alike(comparison: Comparison, job: Job) -> bool:
-    stated = set(comparison.row.overrides)
+    run = comparison.job
     return (
         job.plan.is_te
-        and f"plan.precision={job.precision}" in stated
-        and job.layout.gpus <= FAR * comparison.row.gpus
+        and job.precision == run.precision
+        and job.shape.expert_bias
+        == run.shape.expert_bias  # kernels of biased experts have errors of their own
+        and job.layout.gpus <= FAR * run.layout.gpus
     )
 
 

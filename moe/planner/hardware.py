@@ -52,6 +52,8 @@ class Gpu:
     Attributes:
         name: As --gpu takes it.
         memory_bytes: What a process can allocate.
+        host_bytes: Memory of the host, for each GPU.
+        node_gpus: GPUs of a host.
         hbm_bytes_per_s: Peak memory bandwidth.
         peak_flops: Dense peaks by precision, FLOP/s.
         nvlink_bytes_per_s: One direction.
@@ -69,6 +71,8 @@ class Gpu:
 
     name: str
     memory_bytes: int
+    host_bytes: float
+    node_gpus: int
     hbm_bytes_per_s: float
     peak_flops: MappingProxyType[str, float]
     nvlink_bytes_per_s: float
@@ -92,13 +96,16 @@ def _peaks(bf16_tflops: float, fp8_tflops: float, *, mx: bool) -> MappingProxyTy
 
 
 # Sources of the table. Peaks, bandwidths, links and TDP: vendor data sheets. Memory: what torch reports where
-# that is known, else the lower of two published figures. Hosts: an H100 node draws at most 8.4 kW, of which
-# its GPUs 5.6 (arXiv 2412.08602); a GB300 rack 132 kW less its GPUs. Fabric: 2.01 kW a node of 8, which an
-# MLPerf submitter derives from data sheets, taken for all. Idle: estimates of ours. H100 efficiencies: GEMMs
-# of 650 to 700 TFLOP/s, FlashAttention-3 (arXiv 2407.08608) for attention.
+# that is known, else the lower of two published figures. Memory of hosts: 2 TB for 8 GPUs (DGX), 480 GB for 2
+# (Grace). Power of hosts: an H100 node draws at most 8.4 kW, of which its GPUs 5.6 (arXiv 2412.08602); a
+# GB300 rack 132 kW less its GPUs. Fabric: 2.01 kW a node of 8, which an MLPerf submitter derives from data
+# sheets, taken for all. Idle: estimates of ours. H100 efficiencies: GEMMs of 650 to 700 TFLOP/s,
+# FlashAttention-3 (arXiv 2407.08608) for attention.
 _H100 = Gpu(
     name="h100",
     memory_bytes=int(79.1 * _GIB),
+    host_bytes=256e9,
+    node_gpus=8,
     hbm_bytes_per_s=3.35e12,
     peak_flops=_peaks(989, 1979, mx=False),
     nvlink_bytes_per_s=450e9,
@@ -117,6 +124,8 @@ _H100 = Gpu(
 _H200 = Gpu(
     name="h200",
     memory_bytes=int(139.8 * _GIB),
+    host_bytes=256e9,
+    node_gpus=8,
     hbm_bytes_per_s=4.8e12,
     peak_flops=_H100.peak_flops,
     nvlink_bytes_per_s=450e9,
@@ -133,6 +142,8 @@ _H200 = Gpu(
 _B200 = Gpu(
     name="b200",
     memory_bytes=int(178.3 * _GIB),
+    host_bytes=256e9,
+    node_gpus=8,
     hbm_bytes_per_s=8e12,
     peak_flops=_peaks(2250, 4500, mx=True),
     nvlink_bytes_per_s=900e9,
@@ -149,6 +160,8 @@ _B200 = Gpu(
 _B300 = Gpu(
     name="b300",
     memory_bytes=int(267.0 * _GIB),
+    host_bytes=256e9,
+    node_gpus=8,
     hbm_bytes_per_s=8e12,
     peak_flops=_peaks(2250, 4500, mx=True),
     nvlink_bytes_per_s=900e9,
@@ -165,6 +178,8 @@ _B300 = Gpu(
 _GB200 = Gpu(
     name="gb200",
     memory_bytes=int(184.0 * _GIB),
+    host_bytes=240e9,
+    node_gpus=4,
     hbm_bytes_per_s=8e12,
     peak_flops=_peaks(2500, 5000, mx=True),
     nvlink_bytes_per_s=900e9,
@@ -181,6 +196,8 @@ _GB200 = Gpu(
 _GB300 = Gpu(
     name="gb300",
     memory_bytes=int(276.0 * _GIB),
+    host_bytes=240e9,
+    node_gpus=4,
     hbm_bytes_per_s=8e12,
     peak_flops=_peaks(2500, 5000, mx=True),
     nvlink_bytes_per_s=900e9,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from moe.counts.counts import params_on_rank
 from moe.planner.activations import (
     Saved,
     graph_bytes,
@@ -16,8 +15,9 @@ from moe.planner.activations import (
     logits_bytes,
     workspace_bytes,
 )
+from moe.planner.muon import momenta_bytes
 from moe.planner.settings import Job
-from moe.planner.stages import Stage, stage_weights, stages_of
+from moe.planner.stages import Stage, held_params, stages_of
 
 GIB = 2**30
 # Context, NCCL's buffers and the allocator's unused blocks, beside what tensors take; a share of tensors
@@ -79,14 +79,10 @@ class StageMemory:
 
 def memory_of_stages(job: Job) -> tuple[StageMemory, ...]:
     """The memory of every stage."""
-    dense, moe = layer_saved(job, dense=True), layer_saved(job, dense=False)
-    return tuple(_memory(job, stage, dense, moe) for stage in stages_of(job))
-
-
-def held_params(job: Job, stage: Stage) -> tuple[int, int]:
-    """(dense, expert) parameters that a rank of the stage holds."""
-    layout = job.layout
-    return params_on_rank(stage_weights(job.shape, stage), tp=layout.tp, expert_ranks=layout.expert_ranks)
+    stages = stages_of(job)
+    saved = layer_saved(job, dense=True), layer_saved(job, dense=False)
+    held = {kind: _held(job, stage) for kind, stage in {stage.kind: stage for stage in stages}.items()}
+    return tuple(_memory(job, stage, held[stage.kind], *saved) for stage in stages)
 
 
 def in_flight(job: Job, stage: Stage) -> float:
@@ -103,7 +99,19 @@ def in_flight(job: Job, stage: Stage) -> float:
     return min(chunks, job.num_microbatches * layout.vpp) / layout.vpp
 
 
-def _memory(job: Job, stage: Stage, dense: Saved, moe: Saved) -> StageMemory:
+@dataclass(frozen=True)
+class _Held:
+    """Bytes of what stays all the time, and of momenta that are gathered for an update."""
+
+    states: dict[str, float]
+    momenta: float
+
+
+def _held(job: Job, stage: Stage) -> _Held:
+    return _Held(_states(job, stage), max(momenta_bytes(job, stage)))
+
+
+def _memory(job: Job, stage: Stage, held: _Held, dense: Saved, moe: Saved) -> StageMemory:
     mtp = job.shape.mtp_layers if stage.has_head else 0
     # Without a pipeline, overlap interleaves two micro-batches: one's layers appear as the other's go.
     ahead = 1 if job.plan.overlap_ep and job.layout.pp == 1 else 0
@@ -115,13 +123,16 @@ def _memory(job: Job, stage: Stage, dense: Saved, moe: Saved) -> StageMemory:
     }
     logits = logits_bytes(job) * (1 + job.shape.mtp_layers) if stage.has_head else 0.0
     layers = stage.dense_layers + stage.moe_layers + mtp
+    backward = (1 + ahead) * workspace_bytes(job)
+    # Muon gathers its momenta when all that was saved is gone.
+    update = held.momenta - sum(saved.values()) - logits
     return StageMemory(
         stage=stage.index,
-        **_states(job, stage),
+        **held.states,
         **saved,
         logits=logits,
         graphs=layers * graph_bytes(job),
-        workspace=(1 + ahead) * workspace_bytes(job),
+        workspace=max(backward, update),
     )
 
 
@@ -146,8 +157,7 @@ def _states(job: Job, stage: Stage) -> dict[str, float]:
 def _matrices(job: Job, stage: Stage) -> float:
     """Numbers that Muon moves, of those whose optimizer state a rank has."""
     layout = job.layout
-    moved = [weight for weight in stage_weights(job.shape, stage) if weight.matmul and weight.name != "head"]
-    dense, experts = params_on_rank(moved, tp=layout.tp, expert_ranks=layout.expert_ranks)
+    dense, experts = held_params(job, stage, of_muon=True)
     is_shared = job.zero >= 1
     return dense / (layout.dense_replicas if is_shared else 1) + experts / (layout.edp if is_shared else 1)
 

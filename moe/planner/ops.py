@@ -13,6 +13,7 @@ from typing import Literal
 
 from moe.counts.counts import attention_products
 from moe.counts.shape import Shape
+from moe.planner.activations import attention_weights, materialises_attention
 from moe.planner.settings import Job
 
 EIGHT_BITS = ("fp8", "mxfp8")
@@ -20,6 +21,15 @@ EIGHT_BITS = ("fp8", "mxfp8")
 # fp32 is made, exponentiated and read. Unfused: maximum, difference, exponential, sum and gradient are
 # passes of fp32.
 CROSS_ENTROPY_BYTES = {"in_place": (6, 4), "fused": (14, 10), "unfused": (34, 18)}
+# Bytes moved for a weight of attention that is made, forward and backward: written, masked, normalised and
+# read in fp32.
+ATTENTION_WEIGHT_BYTES = (24, 28)
+# Bytes moved for a number of biased experts, forward and backward, where nothing is fused (megatron-core
+# 0.16.1, transformer/moe/experts.py). Output: the bias times a weight, the sum, all experts joined, each in
+# fp32, and a cast; their gradients. Gate and up: clamped apart and joined.
+UNFUSED_BIAS_BYTES = (28, 40)
+UNFUSED_CLAMP_BYTES = (8, 10)
+UNFUSED_BIAS_LAUNCHES = 3  # for each expert
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +136,7 @@ def _linear(
     """
     precision = precision or job.precision
     fp8, wide = precision in EIGHT_BITS, job.wide_bytes
+    kernels = groups if job.plan.kernels == "te" else 1  # unfused, each expert has its own
     operand = 1 if fp8 else wide
     weight = groups * K * N
     gradient = 4 if job.plan.grads == "fp32" else 2
@@ -138,6 +149,8 @@ def _linear(
         backward_flops=4 * M * N * K,
         # Input gradient: dY, W in, dX out. Weight gradient: dY, X in, accumulated into the gradient buffer.
         backward_bytes=operand * (2 * M * N + weight + M * K) + wide * M * K + 2 * gradient * weight,
+        launches=kernels,
+        backward_launches=2 * kernels,
         of_experts=of_experts,
         precision=precision,
     )
@@ -145,7 +158,8 @@ def _linear(
         return [gemm]
     per_number = _quantize_bytes(job, precision)
     forward, backward = M * K * per_number, M * N * per_number
-    quantize = _memory(f"quantize {name}", part, forward, backward, backward_launches=1)
+    passes = kernels * (2 if precision == "fp8" else 1)
+    quantize = _memory(f"quantize {name}", part, forward, backward, launches=passes, backward_launches=passes)
     return [gemm, replace(quantize, of_experts=of_experts)]
 
 
@@ -188,9 +202,15 @@ def _attention_ops(job: Job) -> Iterator[Op]:
         launches=2 * passes,
         backward_launches=2 * passes,
     )
-    # Two products forward, five backward: the query-key product is computed again (arXiv 2205.14135).
-    products = attention_products(job.shape, job.seq_length) / _layers(job.shape) * T / tp
-    yield Op(
+    yield from _materialised_ops(job) if materialises_attention(job) else [_fused_attention(job)]
+    yield from _linear(job, "attention out", T, D, H * attention.v_dim)
+
+
+def _fused_attention(job: Job) -> Op:
+    """Two products forward, five backward: the query-key product is computed again (arXiv 2205.14135)."""
+    attention = job.shape.attention
+    products = attention_products(job.shape, job.seq_length) / _layers(job.shape) * job.tokens / job.layout.tp
+    return Op(
         name="attention",
         kind="attention",
         part="core_attn",
@@ -199,7 +219,24 @@ def _attention_ops(job: Job) -> Iterator[Op]:
         backward_flops=5 * products,
         precision="fp8" if job.plan.fp8_attention else "bf16",
     )
-    yield from _linear(job, "attention out", T, D, H * attention.v_dim)
+
+
+def _materialised_ops(job: Job) -> Iterator[Op]:
+    """The whole square of every head, masked afterwards, in fp32."""
+    attention, weights = job.shape.attention, job.tokens * attention_weights(job)
+    flops = 2 * weights * (attention.qk_dim + attention.v_dim)
+    yield Op(
+        name="attention",
+        kind="gemm",
+        part="core_attn",
+        flops=flops,
+        backward_flops=2 * flops,
+        launches=2,
+        backward_launches=4,
+        precision="fp32",
+    )
+    forward, backward = (weights * moved for moved in ATTENTION_WEIGHT_BYTES)
+    yield _memory("attention weights", "core_attn", forward, backward, launches=3, backward_launches=3)
 
 
 def _layers(shape: Shape) -> int:
@@ -282,7 +319,24 @@ def _moe_ops(job: Job) -> Iterator[Op]:
         groups=E // layout.ep,
         of_experts=True,
     )
+    if shape.expert_bias:
+        yield _bias_op(job, rows)
     yield _memory("combine", "", (sorts + 1) * row_bytes, (sorts + 1) * row_bytes, launches=2 * sorts)
     if shape.shared_hidden_size:
         width = shape.shared_hidden_size / layout.tp
         yield from _swiglu(job, "shared expert", T, width, part="shared_experts")
+
+
+def _bias_op(job: Job, rows: float) -> Op:
+    """Biases of experts and the clamps that go with them; fused, only sums of gradients read rows again."""
+    outputs, hidden = rows * job.shape.hidden_size, rows * 2 * job.shape.expert_hidden_size
+    if job.plan.kernels == "te":
+        forward, backward = (
+            outputs * bias + hidden * clamp
+            for bias, clamp in zip(UNFUSED_BIAS_BYTES, UNFUSED_CLAMP_BYTES, strict=True)
+        )
+        launches = UNFUSED_BIAS_LAUNCHES * job.shape.num_experts // job.layout.ep
+    else:
+        forward, backward, launches = 0.0, (outputs + hidden) * job.wide_bytes, 1
+    op = _memory("expert biases", "", forward, backward, launches=launches, backward_launches=2 * launches)
+    return replace(op, of_experts=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moe.counts.checkpoint import host_bytes
 from moe.counts.counts import (
     flops_per_token,
     params_active,
@@ -17,6 +18,7 @@ from moe.planner.evidence import evidence
 from moe.planner.memory import GIB, StageMemory, memory_of_stages
 from moe.planner.settings import Job
 from moe.planner.site import Site
+from moe.planner.stages import held_params, stages_of
 from moe.planner.step import StepTime, step_time
 
 COMMUNICATION = {"tp": "tp_s", "ep": "ep_s", "pp": "pp_s", "dp": "dp_s"}
@@ -62,6 +64,18 @@ class Plan:
     def short_bytes(self) -> int:
         """Memory that a GPU lacks; 0 if the job fits."""
         return max(0, round(self.fullest.needed_bytes - self.job.gpu.memory_bytes))
+
+    @property
+    def save_bytes(self) -> float:
+        """Memory of a host that a checkpoint takes while it is written, on a node of the fullest stage."""
+        ranks = min(self.job.gpu.node_gpus, self.job.layout.gpus)
+        held = (sum(held_params(self.job, stage)) for stage in stages_of(self.job))
+        return ranks * host_bytes(max(held))
+
+    @property
+    def host_bytes(self) -> float:
+        """Memory of a host."""
+        return self.job.gpu.host_bytes * self.job.gpu.node_gpus
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
@@ -123,6 +137,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "attack": f"{plan.attack}: {ADVICE[plan.attack]}",
         "fits": plan.short_bytes == 0,
         "short_bytes": plan.short_bytes,
+        "save_host_gib_per_node": plan.save_bytes / GIB,
+        "host_gib_per_node": plan.host_bytes / GIB,
         "memory_gib_by_stage": [
             {"stage": stage.stage, **{name: value / GIB for name, value in stage.parts.items()}}
             for stage in plan.memory

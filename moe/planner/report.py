@@ -85,7 +85,22 @@ def what_if_text(base: Plan, others: Sequence[tuple[str, Plan]]) -> str:
 
 def validation_text(comparisons: Sequence[Comparison], rows: Sequence[Row]) -> str:
     """Every published row: measured, planned, error; and the rows that cannot be planned."""
+    kinds = {
+        "rows": [one for one in comparisons if one.row.table == "rows" and not one.row.assumes],
+        "rows that assume what is not published": [one for one in comparisons if one.row.assumes],
+        "runs held out": [one for one in comparisons if one.row.table == "held_out"],
+        "runs that showed missing terms": [one for one in comparisons if one.row.table == "examined"],
+    }
+    lines = [f"{row.id}: not rerun, {row.missing}" for row in rows if row.missing]
+    lines += [f"{one.row.id}: assumes {one.row.assumes}" for one in comparisons if one.row.assumes]
+    lines += [_summary_line(kind, alike) for kind, alike in kinds.items() if alike]
+    tables = [_comparison_table(kind, alike) for kind, alike in kinds.items() if alike]
+    return "\n".join([render(*tables), *lines])
+
+
+def _comparison_table(kind: str, comparisons: Sequence[Comparison]) -> Table:
     table = Table("published run", "measured s", "planned s", "error", "GiB", "planned", "error")
+    table.title, table.title_justify = kind, "left"
     for comparison in comparisons:
         memory = comparison.memory_error
         table.add_row(
@@ -97,13 +112,15 @@ def validation_text(comparisons: Sequence[Comparison], rows: Sequence[Row]) -> s
             "" if memory is None else f"{comparison.planned_gib:.2f}",
             "" if memory is None else f"{memory:+.1%}",
         )
+    return table
+
+
+def _summary_line(kind: str, comparisons: Sequence[Comparison]) -> str:
     numbers = summary(tuple(comparisons))
-    lines = [f"{row.id}: not rerun, {row.missing}" for row in rows if row.missing]
-    lines.append(
-        f"{numbers['rows']:.0f} rows: step time median |error| {numbers['step_median_abs_error']:.1%}, worst "
-        f"{numbers['step_worst_abs_error']:.1%}; memory worst {numbers['memory_worst_abs_error']:.1%}"
-    )
-    return "\n".join([render(table), *lines])
+    median, worst = numbers["step_median_abs_error"], numbers["step_worst_abs_error"]
+    text = f"{numbers['rows']:.0f} {kind}: step time median |error| {median:.1%}, worst {worst:.1%}"
+    memory = numbers["memory_worst_abs_error"]
+    return f"{text}; memory worst {memory:.1%}" if memory else text
 
 
 def render(*parts: Any) -> str:
@@ -182,12 +199,21 @@ def _campaign_table(plan: Plan) -> Table:
 
 
 def _verdict(plan: Plan) -> str:
-    lines = [f"Attack next: {ADVICE[plan.attack]}."]
+    lines = [f"Attack next: {ADVICE[plan.attack]}.", _host_line(plan)]
     if plan.short_bytes:
         lines.append(
             f"DOES NOT FIT: short by {plan.short_bytes:,} bytes on each GPU of stage {plan.fullest.stage}."
         )
     return "\n".join(lines)
+
+
+def _host_line(plan: Plan) -> str:
+    """A save gathers the optimizer state of all that a rank holds in the memory of its host."""
+    needed, there = plan.save_bytes / GIB, plan.host_bytes / GIB
+    text = f"A checkpoint takes {needed:,.1f} GiB of memory on each host while it is written"
+    if needed <= there:
+        return f"{text}, of {there:,.0f} GiB."
+    return f"{text}, MORE THAN ITS {there:,.0f} GiB: use a larger parallel.pp, parallel.ep or parallel.tp."
 
 
 def _change(value: float, before: float) -> str:

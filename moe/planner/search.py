@@ -91,18 +91,16 @@ def as_overrides(job: Job) -> tuple[str, ...]:
     """The layout as `moe train` takes it: every key that a recipe may have set otherwise."""
     layout = job.layout
     stages = ",".join(map(str, job.stage_layers))
-    texts = [
+    return (
         f"parallel.tp={layout.tp}",
         f"parallel.pp={layout.pp}",
         f"parallel.vpp={layout.vpp}",
         f"parallel.stage_layers=[{stages}]",
         f"parallel.ep={layout.ep}",
+        f"parallel.etp={layout.etp}",
         f"parallel.cp={layout.cp}",
         f"train.micro_batch_size={job.micro_batch}",
-    ]
-    if layout.etp > 1:
-        texts.append(f"plan.etp={layout.etp}")
-    return tuple(texts)
+    )
 
 
 def _candidates(base: Job) -> Iterator[Job]:
@@ -198,6 +196,7 @@ def _refused(config: PlanConfig, job: Job) -> Iterator[str]:
         "parallel.pp": job.layout.pp,
         "parallel.vpp": job.layout.vpp,
         "parallel.ep": job.layout.ep,
+        "parallel.etp": job.layout.etp,
         "parallel.cp": job.layout.cp,
         "parallel.stage_layers": job.stage_layers,
         "train.micro_batch_size": job.micro_batch,

@@ -13,7 +13,7 @@ from typing import Literal
 
 from moe.config.load import load_as
 from moe.config.rules import RULES
-from moe.config.schema import Count, RunConfig, Section
+from moe.config.schema import RunConfig, Section
 from moe.counts.shape import Shape, shape_of
 from moe.errors import InputError
 from moe.planner.hardware import Gpu
@@ -48,13 +48,14 @@ class PlanSection(Section):
         moments: Of Adam's two moments.
         zero: What data-parallel ranks share out: 0 nothing, 1 optimizer states, 2 gradients, 3 weights; None
             takes the engine's.
-        etp: Ranks that split each expert.
         recompute: Parts computed again in the backward pass (arXiv 2205.05198); empty takes train.recompute.
         routing: natural loads experts unevenly; balanced is the upper bound that published tables use.
         dispatcher: alltoall sends a row for each expert, hierarchical one for each rank or node, deepep as
             many in fused kernels; None takes parallel.dispatcher.
         overlap_ep: Expert communication runs beside the compute of another micro-batch.
         overlap_p2p: Pipeline transfers run beside compute.
+        overlap_tp: Tensor-parallel exchange runs beside the products that it feeds or follows, in as many
+            parts as ranks (Transformer Engine's user buffers, torch's async TP).
         cuda_graph: none launches each kernel from Python; partial and full replay recorded launches.
         kernels: Whose saved activations and fusions: ours; torch, the same on a CPU; te, Transformer Engine;
             te_fused, the same with quantisation fused into the experts' activation and permutation.
@@ -68,12 +69,12 @@ class PlanSection(Section):
     grads: Literal["fp32", "bf16"] = "fp32"
     moments: Literal["fp32", "bf16"] = "fp32"
     zero: Literal[0, 1, 2, 3] | None = None
-    etp: Count = 1
     recompute: tuple[Recompute, ...] = ()
     routing: Literal["natural", "balanced"] = "natural"
     dispatcher: Literal["alltoall", "hierarchical", "deepep", "hybridep"] | None = None
     overlap_ep: bool = False
     overlap_p2p: bool = True
+    overlap_tp: bool = False
     cuda_graph: Literal["none", "partial", "full"] = "none"
     kernels: Literal["ours", "te", "te_fused", "torch"] = "ours"
     cross_entropy: Literal["unfused", "fused", "in_place"] = "unfused"
@@ -105,6 +106,7 @@ class Job:
         micro_batch: Sequences at once on a data-parallel rank.
         precision: Of the GEMMs.
         expert_precision: Of those of routed experts.
+        fp8_input_store: Routed experts keep the activation's input in 8 bits.
         plan: The other assumptions.
         stage_layers: Layers of each chunk of the pipeline; empty balances them.
         recompute: Parts computed again in the backward pass.
@@ -123,6 +125,7 @@ class Job:
     precision: Precision
     expert_precision: Precision
     plan: PlanSection
+    fp8_input_store: bool = False
     stage_layers: tuple[int, ...] = ()
     recompute: tuple[Recompute, ...] = ()
     zero: int = 1
@@ -186,7 +189,7 @@ def searched_job(config: PlanConfig, gpus: int, gpu: Gpu) -> Job:
             pp=parallel.pp,
             vpp=parallel.vpp,
             ep=parallel.ep,
-            etp=plan.etp,
+            etp=parallel.etp,
             cp=parallel.cp,
         ),
         seq_length=config.data.seq_length,
@@ -195,6 +198,7 @@ def searched_job(config: PlanConfig, gpus: int, gpu: Gpu) -> Job:
         precision=plan.precision or config.train.precision,
         expert_precision=plan.precision or _EXPERTS[config.model.expert_precision] or config.train.precision,
         plan=plan,
+        fp8_input_store=config.model.expert_fp8_input_store,
         stage_layers=parallel.stage_layers,
         recompute=plan.recompute or _RECOMPUTED[config.train.recompute],
         zero=config.engine.zero_stage if plan.zero is None else plan.zero,

@@ -25,16 +25,18 @@ from moe.planner.bytes_sent import (
     tensor_gathers,
 )
 from moe.planner.imbalance import imbalance
-from moe.planner.memory import held_params
+from moe.planner.muon import muon_update
 from moe.planner.ops import Op, embedding_ops, head_ops, layer_ops, mtp_ops
 from moe.planner.roofline import backward_time, forward_time
 from moe.planner.settings import Job
-from moe.planner.stages import Stage, stages_of
+from moe.planner.stages import Stage, held_params, stages_of
 
-# Share of kernels that Python still launches: a partial graph records attention, router and index, not
-# experts.
-LAUNCHED = {"none": 1.0, "partial": 0.5, "full": 0.0}
-# The backward pass is launched by C++ (autograd), about twice as fast as Python's forward.
+# Graphs under which Python still launches kernels of experts, and all others: a partial one records
+# attention, router and index.
+LAUNCHING_EXPERTS = ("none", "partial")
+LAUNCHING_OTHERS = ("none",)
+# The backward pass is launched by C++ (autograd), about twice as fast as Python's forward. Transformer
+# Engine's modules bring their own, in Python.
 BACKWARD_LAUNCH = 0.5
 # Share of the last backward (first forward) pass beside which gradients (weights) travel; the rest is over
 # before the first bucket is full, or not yet begun.
@@ -135,8 +137,10 @@ def step_time(job: Job) -> StepTime:
     microbatch = [_overlapped(job, one) for one in passes]
     times = tuple(spent.total_s for spent in microbatch)
     m = job.num_microbatches
-    updates = [_update(job, stage, time) for stage, time in zip(stages_of(job), times, strict=True)]
-    busy = [one.times(m) + update for one, update in zip(microbatch, updates, strict=True)]
+    stages = stages_of(job)
+    kinds = {stage.kind: (stage, time) for stage, time in zip(stages, times, strict=True)}
+    updates = {kind: _update(job, stage, time) for kind, (stage, time) in kinds.items()}
+    busy = [one.times(m) + updates[stage.kind] for one, stage in zip(microbatch, stages, strict=True)]
     worst = max(range(len(busy)), key=lambda stage: busy[stage].total_s)
     mean_s = sum(times) / len(times)
     bubble_s = (job.layout.pp - 1) / job.layout.vpp * mean_s
@@ -183,12 +187,14 @@ def _ops_pass(job: Job, ops: Iterable[Op]) -> _Pass:
 def _op_pass(job: Job, op: Op, load: float) -> _Pass:
     forward, backward = forward_time(op, job.gpu), backward_time(op, job.gpu)
     again = 1 if _is_recomputed(job, op) else 0
-    launches = forward.launches * (1 + again) + backward.launches * BACKWARD_LAUNCH
+    graphs = LAUNCHING_EXPERTS if op.of_experts else LAUNCHING_OTHERS
+    backward_launches = backward.launches * (1.0 if job.plan.is_te else BACKWARD_LAUNCH)
+    launches = forward.launches * (1 + again) + backward_launches
     return _Pass(
         forward_s=load * forward.total_s,
         backward_s=load * (backward.total_s + again * forward.total_s),
         math_s=load * (forward.math_s * (1 + again) + backward.math_s),
-        launch_cpu_s=launches * job.gpu.launch_s * LAUNCHED[job.plan.cuda_graph],
+        launch_cpu_s=launches * job.gpu.launch_s if job.plan.cuda_graph in graphs else 0.0,
     )
 
 
@@ -202,7 +208,7 @@ def _tensor_pass(job: Job, *, dense: bool) -> _Pass:
     layout, gpu = job.layout, job.gpu
     exchanged = _gathers_s(job, tensor_gathers(job, dense=dense), collectives.tensor_group(layout, gpu))
     if not dense:
-        experts = (expert_tensor_gathers(job),)
+        experts = expert_tensor_gathers(job)
         exchanged += _gathers_s(job, experts, collectives.expert_tensor_group(layout, gpu))
     exchanged += _gathers_s(job, (context_gathers(job),), collectives.context_group(layout, gpu))
     return _Pass(tp_s=exchanged)
@@ -224,11 +230,13 @@ def _overlapped(job: Job, one: _Pass) -> Spent:
     busy_s = one.forward_s + one.backward_s
     hidden_s = min(job.gpu.efficiency.ep_hidden * one.ep_s, busy_s) if job.plan.overlap_ep else 0.0
     exposed_s = one.ep_s - hidden_s * (1 - job.gpu.efficiency.ep_sms)
+    # Of as many parts as ranks all but one travel beside the products of the others.
+    tp_s = max(one.tp_s / job.layout.tp, one.tp_s - busy_s) if job.plan.overlap_tp else one.tp_s
     return Spent(
         math_s=one.math_s,
         memory_s=busy_s - one.math_s,
-        launch_s=max(0.0, one.launch_cpu_s - busy_s - one.tp_s - exposed_s),
-        tp_s=one.tp_s,
+        launch_s=max(0.0, one.launch_cpu_s - busy_s - tp_s - exposed_s),
+        tp_s=tp_s,
         ep_s=exposed_s,
     )
 
@@ -259,7 +267,21 @@ def _update(job: Job, stage: Stage, microbatch_s: float) -> Spent:
         hidden_reduce_s = beside_s * BACKWARD_SHARE if job.overlap_grads else 0.0
         hidden_gather_s = beside_s * (1 - BACKWARD_SHARE) if job.overlap_params else 0.0
         exposed_s = max(0.0, reduce_s - hidden_reduce_s) + max(0.0, gather_s - hidden_gather_s)
-    return Spent(dp_s=exposed_s, optimizer_s=_optimizer_s(job, *held_params(job, stage)))
+    adam = Spent(dp_s=exposed_s, optimizer_s=_optimizer_s(job, *held_params(job, stage)))
+    return adam + _muon(job, stage) if job.muon else adam
+
+
+def _muon(job: Job, stage: Stage) -> Spent:
+    """What Muon's matrices take beyond AdamW's stream: nothing runs beside it."""
+    layout, gpu, update = job.layout, job.gpu, muon_update(job, stage)
+    dp_s = collectives.gather_s(update.dense_momenta_bytes, collectives.dense_group(layout, gpu), gpu)
+    dp_s += collectives.gather_s(update.expert_momenta_bytes, collectives.expert_data_group(layout, gpu), gpu)
+    tp_s = collectives.gather_s(update.dense_matrices_bytes, collectives.tensor_group(layout, gpu), gpu)
+    experts_tp = collectives.expert_tensor_group(layout, gpu)
+    tp_s += collectives.gather_s(update.expert_matrices_bytes, experts_tp, gpu)
+    precision = "fp32" if job.precision == "fp32" else "bf16"
+    rate = gpu.peak_flops[precision] * gpu.efficiency.gemm_bf16
+    return Spent(dp_s=dp_s, tp_s=tp_s, optimizer_s=update.flops / rate)
 
 
 def _optimizer_s(job: Job, dense: int, experts: int) -> float:

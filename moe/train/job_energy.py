@@ -29,7 +29,7 @@ from moe.metering.energy import (
     Validity,
 )
 from moe.metering.estimate import PowerModel, server_power_model
-from moe.metering.over_machines import node_level, spread_of, sum_of_checks
+from moe.metering.over_machines import node_level, spread_of, sum_of_checks, too_coarse
 from moe.metering.report import Energy
 from moe.metering.trace_file import TRACE_FOLDER, TraceWriter
 from moe.ranks import on_every_rank
@@ -54,6 +54,8 @@ class _Closing:
     audit: Audit
     device_j: tuple[float, ...]
     node: Audit | None
+    step_j: float  # of the counter of each, 0 where it is no operator's
+    node_step_j: float
 
 
 class JobEnergy:
@@ -141,6 +143,7 @@ class JobEnergy:
         wall_s: float | None = None,
         node_j: float | None = None,
         problem: str | None = None,
+        starts: int = 1,
         sizes: Collection[tuple[int | None, int | None]] = (),
     ) -> Energy:
         """The energy part of report.json.
@@ -151,9 +154,11 @@ class JobEnergy:
                 None is since opening.
             node_j: joules of whole machines over all starts, where they are measured.
             problem: why the sum over all starts is not to be quoted.
+            starts: of the run.
             sizes: GPUs and machines of the starts; where they differ, what is added for each GPU is unknown.
         """
         closing = [item for item in on_every_rank(self._close_here) if item is not None]
+        problem = problem or too_coarse(starts * sum(item.step_j for item in closing), total_j)
         audit = self._audit([item.audit for item in closing], total_j, problem)
         inner = Level(
             boundary=self.boundary,
@@ -173,7 +178,9 @@ class JobEnergy:
             machines_vary=len({num_machines for _, num_machines in sizes}) > 1,
         )
         nodes = [item.node for item in closing if item.node is not None]
-        node = node_level(self._opened[0].node, nodes, self.node_j if node_j is None else node_j)
+        node_j = self.node_j if node_j is None else node_j
+        unsure_j = starts * sum(item.node_step_j for item in closing)
+        node = node_level(self._opened[0].node, nodes, node_j, unsure_j=unsure_j)
         return Energy(
             source=self.source,
             boundary=self.boundary,
@@ -243,15 +250,15 @@ class JobEnergy:
     def _close_here(self) -> _Closing | None:
         if self._meter is None:
             return None
-        node = None if self._node_meter is None else self._node_meter.closing_audit()
+        meter, node_meter = self._meter, self._node_meter
+        node = None if node_meter is None else node_meter.audit()
+        node_step_j = _step_j(node_meter)
         try:
-            reading = self._meter.read()
+            reading = meter.read()
         except EnergyMeterError as error:
             failure = self.failure or str(error)
-            return _Closing(Audit(validity="invalid", detail=failure), (), node)
-        meter = self._meter
-        audit = meter.closing_audit() if isinstance(meter, CommandMeter) else meter.audit()
-        return _Closing(audit, _told_apart(reading, meter), node)
+            return _Closing(Audit(validity="invalid", detail=failure), (), node, 0.0, node_step_j)
+        return _Closing(meter.audit(), _told_apart(reading, meter), node, _step_j(meter), node_step_j)
 
     def _audit(self, audits: Sequence[Audit], total_j: float, problem: str | None) -> Audit:
         boundaries = {item.boundary for item in self._opened}
@@ -264,6 +271,16 @@ class JobEnergy:
         if not math.isfinite(total_j):
             problem = problem or "a meter failed during an earlier start of the run"
         return worst if problem is None else Audit(validity="invalid", detail=problem)
+
+
+def _step_j(meter: EnergyMeter | CommandMeter | None) -> float:
+    """Of an operator's counter; 0 of one that failed, whose audit says so."""
+    if not isinstance(meter, CommandMeter):
+        return 0.0
+    try:
+        return meter.step_j()
+    except EnergyMeterError:
+        return 0.0
 
 
 def _told_apart(reading: EnergyReading, meter: EnergyMeter) -> tuple[float, ...]:

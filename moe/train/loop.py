@@ -155,6 +155,7 @@ class Loop:
             "balance_loss": result.balance_loss,
             "z_loss": result.z_loss,
             **({"mtp_loss": result.mtp_loss} if self.config.model.mtp_layers else {}),
+            **({"max_attention_logit": result.max_attention_logit} if self.config.optim.qk_clip else {}),
         }
 
     def _log(self, record: dict[str, Any], result: StepResult) -> None:

@@ -241,8 +241,15 @@ def _introduction(config: RunConfig, engine: Engine, run_dir: Path, kernels: str
 
 
 def make_engine(config: RunConfig) -> Engine:
-    """The engine that the config names; the process becomes a rank of its job."""
+    """The engine that the config names; the process becomes a rank of its job.
+
+    Raises:
+        InputError: what it needs of the machine or of a library is absent.
+    """
     if config.engine.name == "deepspeed":
+        from moe.engine.deepspeed_names import require_names
+
+        require_names()
         from moe.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(config)
@@ -295,7 +302,10 @@ def _begin(engine: Engine, config: RunConfig, options: RunOptions) -> Progress:
 def _restore(engine: Engine, run_dir: Path, note: Note) -> Progress:
     checkpoint = find_checkpoint(run_dir / "checkpoints", note)
     written = read_manifest(checkpoint).state
-    same = written["layout"] == engine.layout.as_dict() and written["world_size"] == engine.world_size
+    layout = written["layout"]
+    assert isinstance(layout, dict)
+    layout.setdefault("etp", 1)  # which early checkpoints do not name
+    same = layout == engine.layout.as_dict() and written["world_size"] == engine.world_size
     manifest = load_checkpoint(engine, checkpoint, same_layout=same)
     progress = progress_from(manifest.state)
     # Steps after the checkpoint are done again; what their first time took was spent all the same.
@@ -315,6 +325,7 @@ def make_report(
         wall_s=progress.wall_s,
         node_j=progress.node_j,
         problem=starts.problem,
+        starts=starts.number,
         sizes=starts.sizes,
     )
     quotable = progress.energy_j > 0 and spent.validity != "invalid"

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from benchmarks.bench_tokens_per_joule import parse
 from benchmarks.forced_balance import forced_balance
 from benchmarks.joules_to_loss import TargetWatch
 from benchmarks.peak_flop_per_joule import gpu_of, of_peak, precisions_in_use
+from benchmarks.rendezvous import Rendezvous
+from benchmarks.tokens_per_joule_legs import Case, Session, run_leg
 from benchmarks.tokens_per_joule_page import write_page
 from benchmarks.tokens_per_joule_record import (
     SCHEMA_FILE,
@@ -30,6 +33,7 @@ from benchmarks.tokens_per_joule_record import (
     schema_text,
 )
 from benchmarks.tokens_per_joule_summary import judge
+from moe.config import load_config
 from moe.energy.steady_state import FULL, SHORT, SteadyWindow, resolution
 from moe.errors import InputError
 from moe.layer import MoEConfig
@@ -324,6 +328,28 @@ def test_power_caps_need_the_flag(capsys):
     with pytest.raises(SystemExit):
         parse(["x", "--power-caps", "500", "--allow-power-changes", "--repeats", "0", "--target-loss", "3"])
     assert "--repeats 0 leaves none" in capsys.readouterr().err
+
+
+def test_a_cap_goes_back_before_the_engine_closes(monkeypatch):
+    """Closing waits for the other ranks, of which one may be gone for good."""
+    events = []
+
+    @contextmanager
+    def capped(watts):
+        events.append(f"capped at {watts:g} W")
+        yield
+        events.append("put back")
+
+    class FailingEngine:
+        def close(self):
+            events.append("engine closed")
+
+    monkeypatch.setattr("moe.energy.training_leg.make_engine", lambda _: FailingEngine())
+    config = load_config(REPOSITORY / "configs" / "quickstart.yaml")
+    session = Session("0", SHORT, events.append, Rendezvous(), capped)
+    with pytest.raises(AttributeError, match="FailingEngine"):
+        run_leg(Case("a", "a", "a", (), config), session, repeat=0, power_cap_w=500)
+    assert events == ["capped at 500 W", "put back", "engine closed"]
 
 
 @pytest.mark.slow

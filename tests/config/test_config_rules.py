@@ -22,10 +22,38 @@ BROKEN = {
         4,
         ["model.num_layers=3", "4*1 = 4 chunks", "parallel.stage_layers"],
     ),
-    "expert tensor parallelism": (
-        ["parallel.etp=2", "parallel.tp=2"],
+    "parts of experts and ranks": (
+        ["parallel.ep=2", "parallel.etp=2"],
         2,
-        ["parallel.etp=2", "parallel.etp=1 and parallel.ep=2", "parallel.tp=2"],
+        ["parallel.ep*parallel.etp = 2*2 = 4", "2 rank(s)", "allowed: 1, 2"],
+    ),
+    "parts of experts": (
+        ["parallel.etp=2", "model.expert_hidden_size=24"],
+        2,
+        ["parallel.etp=2", "model.expert_hidden_size=24", "multiples of 8", "bf16", "allowed: 1, 3"],
+    ),
+    "8 bits to store and none to compute in": (
+        ["model.expert_fp8_input_store=true"],
+        1,
+        ["model.expert_fp8_input_store=true", "model.expert_precision", "use fp8, fp8_power_of_two or mxfp8"],
+    ),
+    "parts of experts in 8 bits": (
+        ["parallel.etp=2", "model.expert_hidden_size=384", "model.expert_precision=fp8"],
+        2,
+        ["parallel.etp=2", "multiples of 128", "model.expert_precision=fp8", "allowed: 1, 3"],
+    ),
+    "parts of biases": (
+        [
+            "parallel.etp=3",
+            "model.expert_hidden_size=96",
+            "model.hidden_size=64",
+            "model.expert_bias=true",
+            "train.global_batch_size=6",
+            "train.eval_sequences=6",
+            "train.micro_batch_size=2",
+        ],
+        3,
+        ["parallel.etp=3", "model.hidden_size=64", "model.expert_bias=true"],
     ),
     "layers of stages": (
         ["parallel.pp=2", "model.num_layers=5", "parallel.stage_layers=[3,1]"],
@@ -48,11 +76,35 @@ BROKEN = {
         2,
         ["train.eval_sequences=6", "2*1*2 = 4", "use for example 8"],
     ),
-    "fused dispatcher": (["parallel.dispatcher=deepep"], 1, ["parallel.dispatcher=deepep", "hierarchical"]),
+    "fused dispatcher of one rank": (
+        ["parallel.dispatcher=deepep", "train.precision=bf16"],
+        1,
+        ["parallel.dispatcher=deepep", "parallel.ep=1", "alltoall"],
+    ),
+    "fused dispatcher in fp32": (
+        ["parallel.dispatcher=hybridep", "parallel.ep=2", "train.precision=fp32"],
+        2,
+        ["parallel.dispatcher=hybridep", "train.precision=fp32", "hierarchical"],
+    ),
+    "fused dispatcher without a GPU": (
+        ["parallel.dispatcher=deepep", "parallel.ep=2", "train.precision=bf16", "engine.device=cpu"],
+        2,
+        ["parallel.dispatcher=deepep", "engine.device=cpu", "hierarchical"],
+    ),
     "nodes of experts": (
         ["parallel.dispatcher=hierarchical", "parallel.ranks_per_node=2", "parallel.ep=2"],
         2,
         ["parallel.dispatcher=hierarchical", "parallel.ep=2", "parallel.ranks_per_node=2", "alltoall"],
+    ),
+    "nodes of split experts": (
+        ["parallel.dispatcher=hierarchical", "parallel.ranks_per_node=4", "parallel.ep=2", "parallel.etp=2"],
+        4,
+        ["parallel.ep*parallel.etp = 2*2 = 4", "parallel.ranks_per_node=4", "alltoall"],
+    ),
+    "parts of experts under deepspeed": (
+        ["engine.name=deepspeed", "parallel.etp=2"],
+        2,
+        ["parallel.etp=2", "engine.name=deepspeed", "use engine.name=megatron"],
     ),
     "pipeline under deepspeed": (
         ["engine.name=deepspeed", "parallel.pp=2"],

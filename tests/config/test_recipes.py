@@ -123,7 +123,7 @@ def five_steps(text: str) -> list[float]:
     import torch
 
     from moe.engine.megatron import MegatronEngine
-    from moe.train.schedule import learning_rate
+    from moe.train.schedule import global_batch, learning_rate
 
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
@@ -131,14 +131,16 @@ def five_steps(text: str) -> list[float]:
         path.write_text(text)
         config = load_config(path, world_size=int(os.environ["WORLD_SIZE"]))
     engine = MegatronEngine(config)
+    losses = []
     try:
-        return [
-            engine.train_step(
-                batches(config, step, engine.dp_rank, engine.layout.dp),
-                learning_rate(step, config.optim, config.train.steps),
-            ).loss
-            for step in range(config.train.steps)
-        ]
+        for step in range(config.train.steps):
+            samples = len(global_batch(step, config.train))
+            train = config.train.model_copy(update={"global_batch_size": samples})
+            engine.num_microbatches = samples // engine.layout.dp
+            own = batches(config.model_copy(update={"train": train}), step, engine.dp_rank, engine.layout.dp)
+            rate = learning_rate(step, config.optim, config.train.steps)
+            losses.append(engine.train_step(own, rate).loss)
+        return losses
     finally:
         engine.close()
 
@@ -157,9 +159,24 @@ def kept(config: RunConfig) -> dict[str, Any]:
         "switches": (model.expert_activation, model.expert_bias, model.expert_precision, model.mtp_layers),
         "attention": (model.attention.kind, model.attention.qk_norm, model.attention.sinks),
         "optimizer": (config.optim.name, config.optim.qk_clip, config.optim.schedule),
-        "layout": (parallel.vpp, parallel.pp > 1, parallel.ep > 1, parallel.tp > 1, config.train.recompute),
-        "ends": (model.num_dense_layers > 0, parallel.stage_layers[-1:] == (0,)),
+        "axes": [size > 1 for size in (parallel.pp, parallel.ep, parallel.tp, parallel.cp)],
+        "layout": (parallel.vpp, parallel.dispatcher, config.train.recompute),
+        "overlap": (parallel.overlap_grad_reduce, parallel.overlap_param_gather),
+        "schedule": bool(config.train.batch_schedule),
+        "ends": (model.num_dense_layers > 0, [chunk == 0 for chunk in last_chunks(config)]),
     }
+
+
+def last_chunks(config: RunConfig) -> tuple[int, ...]:
+    """Layers of the last stage's chunks; of a recipe that leaves the split to us none."""
+    return config.parallel.stage_layers[config.parallel.pp - 1 :: config.parallel.pp]
+
+
+def assert_trains(config: RunConfig, pool: RankPool) -> None:
+    losses = pool.run(five_steps, dump_config(config), num_ranks=ranks_of(config))
+    assert all(each == losses[0] for each in losses)
+    assert all(math.isfinite(loss) for loss in losses[0])
+    assert losses[0][-1] < losses[0][0] - 0.2, losses[0]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +186,21 @@ def test_shrunk_recipe_trains_five_steps(name: str, pool: RankPool) -> None:
     whole = load_recipe(name)
     config = shrunk(whole)
     assert kept(config) == kept(whole)
-    losses = pool.run(five_steps, dump_config(config), num_ranks=ranks_of(config))
-    assert all(each == losses[0] for each in losses)
-    assert all(math.isfinite(loss) for loss in losses[0])
-    assert losses[0][-1] < losses[0][0] - 0.2, losses[0]
+    assert_trains(config, pool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RECIPES if load_recipe(name).parallel.pp >= 4])
+def test_shrunk_recipe_trains_on_four_stages(name: str, start_ranks: Any) -> None:
+    """Four stages of two or four ranks: the first two and the last one as in the recipe, one for the rest.
+
+    `shrunk` says what else is smaller. Here, unlike with two stages, activations pass through stages that
+    are neither first nor last, and the first one has only the recipe's dense layers.
+    """
+    whole = load_recipe(name)
+    config = shrunk(whole, stages=4)
+    assert kept(config) == kept(whole)
+    assert config.parallel.pp == 4
+    assert config.model.num_dense_layers == whole.model.num_dense_layers
+    assert config.parallel.stage_layers[:2] == tuple(min(3, n) for n in whole.parallel.stage_layers[:2])
+    assert_trains(config, start_ranks(ranks_of(config), init_process_group=False))

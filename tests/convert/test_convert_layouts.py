@@ -17,15 +17,16 @@ from moe.convert.import_hf import import_hf
 from moe.convert.model_of import run_config
 
 TOLERANCE = 1e-4  # relative, fp32; see test_families.py
-LAYOUTS = [(1, 1, 1), (1, 2, 1), (2, 2, 1), (1, 2, 2)]  # tp, ep, pp
-ALL_LAYOUTS_OF = "qwen3_moe"  # of the others the first two, contained in the last two, are slow tests
+# tp, ep, pp, etp
+LAYOUTS = [(1, 1, 1, 1), (1, 2, 1, 1), (2, 2, 1, 1), (1, 2, 2, 1), (1, 2, 1, 2)]
+FAST = {"qwen3_moe": LAYOUTS[:4]}  # of the others two, which contain the first two
 MODELS = [*FAMILIES, "deepseek_v3 with mtp"]
 CASES = [
     pytest.param(
         model,
         layout,
-        marks=[pytest.mark.slow] if model != ALL_LAYOUTS_OF and layout in LAYOUTS[:2] else [],
-        id=f"{model}-tp{layout[0]} ep{layout[1]} pp{layout[2]}",
+        marks=[] if layout in FAST.get(model, LAYOUTS[2:4]) else [pytest.mark.slow],
+        id=f"{model}-tp{layout[0]} ep{layout[1]} pp{layout[2]} etp{layout[3]}",
     )
     for model in MODELS
     for layout in LAYOUTS
@@ -70,7 +71,7 @@ def batches(tokens: torch.Tensor, dp_rank: int, dp_size: int) -> Iterator[dict[s
 def run_layout(
     model: ModelSection,
     checkpoint: Path,
-    layout: tuple[int, int, int],
+    layout: tuple[int, int, int, int],
     out: Path,
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> dict[str, Any]:
@@ -81,10 +82,12 @@ def run_layout(
     from moe.engine.megatron import MegatronEngine
 
     torch.set_num_threads(1)
-    tp, ep, pp = layout
+    tp, ep, pp, etp = layout
     base = run_config(model, precision=precision, seq_length=LENGTH)
     train = base.train.model_copy(update={"global_batch_size": SEQUENCES})
-    config = base.model_copy(update={"parallel": ParallelSection(tp=tp, ep=ep, pp=pp), "train": train})
+    config = base.model_copy(
+        update={"parallel": ParallelSection(tp=tp, ep=ep, pp=pp, etp=etp), "train": train}
+    )
     engine = MegatronEngine(config)
     try:
         engine.load_weights(checkpoint)
@@ -134,12 +137,12 @@ def whole_logits(results: list[dict[str, Any]]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("imported", "layout"), CASES, indirect=["imported"], scope="module")
 def test_logits_equal_in_every_layout_and_export_loses_nothing(
-    pool: RankPool, imported: tuple[Path, Any], layout: tuple[int, int, int], tmp_path: Path
+    pool: RankPool, imported: tuple[Path, Any], layout: tuple[int, int, int, int], tmp_path: Path
 ) -> None:
     folder, theirs = imported
-    tp, ep, pp = layout
+    tp, ep, pp, etp = layout
     source = open_checkpoint(folder / "ours", None)
-    num_ranks = pp * max(tp, ep)
+    num_ranks = pp * max(tp, ep * etp)
     results = pool.run(
         run_layout, source.model, folder / "ours", layout, tmp_path / "saved", num_ranks=num_ranks
     )
@@ -176,7 +179,7 @@ def test_bf16_weights_start_a_run_of_either_precision(
     model = make_model("qwen3_moe", "even", seed=SEED, moe_intermediate_size=16).bfloat16()
     import_hf(save_model(model, tmp_path / "hf"), tmp_path / "ours", check_logits=False, note=str)
     section = open_checkpoint(tmp_path / "ours", None).model
-    pool.run(run_layout, section, tmp_path / "ours", (1, 2, 1), tmp_path / "saved", precision, num_ranks=2)
+    pool.run(run_layout, section, tmp_path / "ours", (1, 2, 1, 1), tmp_path / "saved", precision, num_ranks=2)
     saved = tmp_path / "saved" / "step_00000001"
     export_hf(saved, tmp_path / "back", family="qwen3_moe", check_logits=False, note=str)
     back = {name: tensor.bfloat16() for name, tensor in tensors_of(tmp_path / "back").items()}

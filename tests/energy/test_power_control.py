@@ -10,7 +10,7 @@ import time
 import pytest
 from simulated_gpus import DEFAULT_LIMIT_W, SimulatedGpu, simulated_nvml
 
-from moe.energy.power_control import PowerControl, RestoreError, read_states
+from moe.energy.power_control import PowerControl, RestoreError, power_capped, read_states
 from moe.errors import InputError
 
 UUIDS = ["GPU-a", "GPU-b"]
@@ -196,3 +196,19 @@ def test_a_limit_out_of_range_is_refused(gpus):
         PowerControl(simulated_nvml(gpus), UUIDS, allowed=True) as control,
     ):
         control.set_power_limit(100)
+
+
+def test_a_cap_says_how_to_undo_it_and_goes_back(gpus):
+    before, notes = settings(gpus), []
+
+    def fail_under_cap() -> None:
+        with power_capped(simulated_nvml(gpus), UUIDS, 400, allowed=True, note=notes.append):
+            assert settings(gpus) == [(400, None)] * 2
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_under_cap()
+    assert settings(gpus) == before
+    assert notes == [
+        "if this process is killed (SIGKILL), run: nvidia-smi -i GPU-a -pl 700; nvidia-smi -i GPU-b -pl 650"
+    ]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from fake_deep_ep import double
 from ranks_pool import RankPool
 
 from moe.config import load_config
 from moe.errors import InputError
+from moe.layer.dispatch_check import WrongDispatchError
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SETTINGS = (
@@ -72,6 +78,30 @@ def test_two_hops_train_alike(plain: tuple[RankPool, list[tuple[float, float]]])
         assert one == pytest.approx(two, rel=1e-5), f"step {step + 1}"
 
 
+def groups_by_node(*overrides: str) -> tuple[int, int, set[float]]:
+    """Layers with experts on this rank, different groups among theirs, and the waiting times of those."""
+    from moe.engine.megatron import MegatronEngine
+
+    config = load_config(QUICKSTART, [*SETTINGS, *overrides], world_size=int(os.environ["WORLD_SIZE"]))
+    engine = MegatronEngine(config)
+    try:
+        layers = [adapter.groups.nodes for adapter in engine.moe_layers.values()]
+        groups = {id(group): group for nodes in layers for group in (nodes.inside, nodes.across)}
+        backends = (group._get_backend(torch.device("cpu")) for group in groups.values())
+        return len(layers), len(groups), {each.options._timeout.total_seconds() for each in backends}
+    finally:
+        engine.close()
+
+
+def test_all_chunks_share_the_groups_by_node_which_wait_as_long_as_others(
+    plain: tuple[RankPool, list[tuple[float, float]]],
+) -> None:
+    chunks = ("model.num_layers=4", "model.num_dense_layers=0", "parallel.pp=2", "parallel.vpp=2")
+    ranks = ("parallel.tp=1", "parallel.ep=2", "parallel.ranks_per_node=1", "engine.timeout_s=77")
+    found = plain[0].run(groups_by_node, *chunks, *ranks, "parallel.dispatcher=hierarchical")
+    assert found == [(2, 2, {77.0})] * 4
+
+
 def test_overlap_trains_to_the_same_bits(plain: tuple[RankPool, list[tuple[float, float]]]) -> None:
     pool, expected = plain
     assert pool.run(train, "parallel.overlap_shared_expert=true")[0] == expected
@@ -80,8 +110,10 @@ def test_overlap_trains_to_the_same_bits(plain: tuple[RankPool, list[tuple[float
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("parallel.dispatcher=deepep",), ("deep_ep", "sm_90", "sm_100", "parallel.dispatcher=hierarchical")),
-        (("parallel.dispatcher=hybridep",), ("hybrid-ep", "sm_90", "sm_100")),
+        (
+            ("parallel.dispatcher=deepep",),
+            ("CUDA", "train.precision=fp32", "parallel.dispatcher=hierarchical"),
+        ),
         (
             ("parallel.dispatcher=hierarchical", "parallel.ranks_per_node=4"),
             ("parallel.ep=4", "parallel.ranks_per_node=4", "parallel.dispatcher=alltoall"),
@@ -96,13 +128,72 @@ def test_what_cannot_run_is_refused_before_start(overrides: tuple[str, ...], wor
         assert word in str(caught.value)
 
 
-def refusal_on_rank() -> str:
+@contextmanager
+def library(module: ModuleType) -> Iterator[None]:
+    """A double in place of the package deep_ep, and of the GPU."""
+    with (
+        patch("moe.engine.fused_dispatcher.import_library", lambda _: module),
+        patch("moe.engine.fused_dispatcher.require_gpu"),
+    ):
+        yield
+
+
+def train_on_double(api: str, fault: str, *overrides: str) -> list[tuple[float, float]] | str:
+    """As train, or the refusal."""
+    with library(double(api, fault)):
+        try:
+            return train(*overrides)
+        except (WrongDispatchError, InputError) as error:
+            return str(error)
+
+
+@pytest.mark.parametrize(
+    ("api", "overrides"),
+    [
+        ("Buffer", ("parallel.overlap_shared_expert=true",)),
+        (
+            "ElasticBuffer",
+            ("parallel.ep=2", "parallel.etp=2", "train.recompute=full", "model.hidden_size=256"),
+        ),
+        ("HybridEPBuffer", ("parallel.pp=2", "parallel.ep=2")),
+    ],
+)
+def test_a_library_trains_alike(
+    plain: tuple[RankPool, list[tuple[float, float]]], api: str, overrides: tuple[str, ...]
+) -> None:
+    pool, _ = plain
+    name = "hybridep" if api == "HybridEPBuffer" else "deepep"
+    settings = ("train.precision=bf16", *overrides)
+    (expected, *_) = pool.run(train, *settings)
+    (found, *_) = pool.run(train_on_double, api, "", f"parallel.dispatcher={name}", *settings)
+    for step, (one, two) in enumerate(zip(found, expected, strict=True)):
+        assert one == pytest.approx(two, rel=5e-3), f"step {step + 1}"
+
+
+def test_a_library_that_loses_gradients_never_trains(
+    plain: tuple[RankPool, list[tuple[float, float]]],
+) -> None:
+    settings = ("train.precision=bf16", "parallel.dispatcher=deepep")
+    for text in plain[0].run(train_on_double, "Buffer", "gradients are zero", *settings):
+        assert "deepep (deep_ep of unknown version) does not move rows" in text
+        assert "the gradient of x" in text and "alltoall" in text
+
+
+def test_a_library_that_is_not_here_ends_every_rank(
+    plain: tuple[RankPool, list[tuple[float, float]]],
+) -> None:
+    settings = ("train.precision=bf16", "parallel.dispatcher=deepep")
+    for text in plain[0].run(refusal_on_rank, *settings):
+        assert "rank 0: parallel.dispatcher=deepep needs the package deep_ep" in text
+
+
+def refusal_on_rank(*overrides: str) -> str:
     with pytest.raises(InputError) as caught:
-        train("parallel.dispatcher=hierarchical")
+        train(*overrides)
     return str(caught.value)
 
 
 def test_launcher_with_one_node_is_told(plain: tuple[RankPool, list[tuple[float, float]]]) -> None:
     pool, _ = plain
-    for text in pool.run(refusal_on_rank):
+    for text in pool.run(refusal_on_rank, "parallel.dispatcher=hierarchical"):
         assert "parallel.ranks_per_node=0, 4 were started here" in text

@@ -26,8 +26,23 @@ BF16 = [
     Layout("windows and sinks", 4, "tp=2 cp=2 ep=4 precision=bf16"),
     Layout("windows and sinks", 4, f"pp=4 stage_layers=[1,2,2,0] precision=bf16 {OVERLAP}"),
 ]
-PAIRS = [*permutations(LAYOUTS, 2), *permutations(BF16, 2)]
-FAST = [(LAYOUTS[2], LAYOUTS[3]), (LAYOUTS[3], LAYOUTS[4]), (BF16[1], BF16[2])]
+SPLIT_EXPERTS = [
+    Layout("biased experts", 2, "tp=2"),
+    Layout("biased experts", 2, "tp=2 etp=2"),
+    Layout("biased experts", 4, f"pp=2 etp=2 {OVERLAP}"),
+    Layout("biased experts", 8, "tp=4 ep=2 etp=4"),
+]
+SPLIT_BF16 = [
+    Layout("biased experts", 4, "ep=4 precision=bf16"),
+    Layout("biased experts", 4, "tp=2 ep=2 etp=2 precision=bf16"),
+]
+PAIRS = [pair for layouts in (LAYOUTS, BF16, SPLIT_EXPERTS, SPLIT_BF16) for pair in permutations(layouts, 2)]
+FAST = [
+    (LAYOUTS[2], LAYOUTS[3]),
+    (LAYOUTS[3], LAYOUTS[4]),
+    (BF16[1], BF16[2]),
+    (SPLIT_BF16[0], SPLIT_BF16[1]),
+]
 
 
 @pytest.fixture(scope="module")

@@ -130,8 +130,8 @@ def test_offload_changes_nothing(pool: RankPool, stage: int, offload: str, preci
     same = ("parallel.ep=2", *zero(stage), f"train.precision={precision}")
     resident = trained(pool, 2, Task(same))
     offloaded = trained(pool, 2, Task((*same, f"engine.offload={offload}")))
-    # ZeRO-2 keeps the gradients of earlier micro-batches in the host's memory, in bf16.
-    assert_same_curve(offloaded, resident, rel=1e-5 if precision == "fp32" else 2e-2)
+    # Offloaded, ZeRO-3 rounds the norm to fp32: a clipped weight may be rounded to its other bf16 neighbour.
+    assert_same_curve(offloaded, resident, rel=1e-5 if precision == "fp32" else 1e-3)
 
 
 @pytest.mark.slow

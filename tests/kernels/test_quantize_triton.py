@@ -1,12 +1,9 @@
-"""The quantising kernels: the interpreter (or a GPU) has the reference's bits, and the compile gate."""
+"""The quantising kernels: the interpreter (or a GPU) has the reference's bits."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from compile_gate import Request, assert_fits, compile_in_subprocess
 from torch import Tensor
 
 from moe.kernels.quantize import quantize_columns, quantize_rows, quantize_weights
@@ -20,7 +17,6 @@ from moe.kernels.quantize.torch_backend import dequantize_rows
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
-KERNELS = Path(__file__).parents[2] / "kernels" / "quantize" / "triton_kernel.py"
 SQUARE_FORMATS = ("fp8", "fp8_power_of_two")
 ENDS = {
     "uneven": [3, 130, 259, 300],
@@ -128,52 +124,3 @@ def test_custom_ops_keep_torchs_rules(triton_device):
     torch.library.opcheck(ops.quantize_rows.default, (x_RC, "fp8"))
     torch.library.opcheck(ops.quantize_columns.default, (x_RC, ends_e, None, 1, "fp8"))
     torch.library.opcheck(ops.quantize_weights.default, (x_RC.unsqueeze(0), True, "fp8"))
-
-
-def requests_for(D: int, dtype: str, format: str, capability: int) -> list[Request]:
-    from moe.kernels.quantize import triton_kernel as kernels
-
-    kind = FORMATS[format]
-    values, scales = "*fp8e4nv:16", "*u8:16" if format == "mxfp8" else "*fp32:16"
-    outputs = {"p_values": values, "p_scales": scales}
-    requests = [
-        Request(
-            KERNELS,
-            "quantize_rows_kernel",
-            {"p_x": f"*{dtype}:16", "R": "i32"} | outputs,
-            kernels.row_constants(D, kind),
-            kernels.NUM_WARPS,
-            capability,
-        ),
-        Request(
-            KERNELS,
-            "quantize_columns_kernel",
-            {"p_x": f"*{dtype}:16", "p_order": "*i64:16", "p_ends": "*i32:16"} | outputs,
-            kernels.column_constants(D, 128, 8, kind),
-            kernels.NUM_WARPS_COLUMNS,
-            capability,
-        ),
-    ]
-    if format == "mxfp8":
-        return requests
-    squares = {"N": 1536, "K": D, "BLOCK": kind.block, "POWER_OF_TWO": kind.power_of_two}
-    squares |= {"TRANSPOSED": dtype == "bf16"}
-    pointers = {"p_w": f"*{dtype}:16"} | outputs
-    weights = Request(
-        KERNELS, "quantize_weights_kernel", pointers, squares, kernels.NUM_WARPS_WEIGHTS, capability
-    )
-    return [*requests, weights]
-
-
-def test_shipped_configurations_fit_both_architectures():
-    requests = [
-        request
-        for i, (capability, format) in enumerate(
-            [(90, "fp8"), (90, "mxfp8"), (100, "mxfp8"), (100, "fp8_power_of_two")]
-        )
-        for request in requests_for((2048, 7168)[i % 2], ("bf16", "fp32")[i % 2], format, capability)
-    ]
-    for compiled in compile_in_subprocess(requests):
-        # F2FP converts two numbers at once; there must be no slow path for FP8.
-        assert_fits(compiled, max_registers=128, instructions=["LDG.E.128", "STG.E.128", "F2FP"])
-        assert compiled.count("ATOM") == compiled.count("ATOMG") == compiled.count("RED") == 0

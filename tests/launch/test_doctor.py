@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from fake_deep_ep import double
 from train_runs import REPOSITORY, command, environment
 
 from moe.config import load_config
-from moe.launch.doctor import collectives, disk, gpu
+from moe.counts.checkpoint import params_of_muon, run_checkpoint_bytes, run_host_bytes
+from moe.counts.shape import shape_of
+from moe.launch.doctor import collectives, disk, gpu, host
 from moe.launch.doctor.check import Check, worst
+from moe.launch.doctor.examine import Patient, _check_node
 from moe.launch.doctor.network import check_infiniband
 from moe.launch.doctor.report import NodeReport, Report
-from moe.launch.doctor.software import check_same, check_versions
+from moe.launch.doctor.software import check_dispatcher, check_same, check_versions
 
 RECIPE = REPOSITORY / "configs" / "quickstart.yaml"
 
@@ -208,8 +213,22 @@ def test_missing_package_and_different_nodes_fail():
     assert "node 1: b" in found.value
 
 
+def test_a_fused_dispatcher_needs_its_package(monkeypatch):
+    found = check_dispatcher("deepep")
+    assert (found.status, found.value) == ("fail", "parallel.dispatcher=deepep: deep_ep not found")
+    assert "parallel.dispatcher=hierarchical" in found.remedy
+    monkeypatch.setitem(sys.modules, "deep_ep", double("ElasticBuffer"))
+    found = check_dispatcher("deepep")
+    assert (found.status, found.value) == ("ok", "parallel.dispatcher=deepep: deep_ep 2.1.0")
+    assert "deep_ep 2.1.0 lacks HybridEPBuffer" in check_dispatcher("hybridep").remedy
+    asks = ["parallel.dispatcher=hybridep", "parallel.ep=2", "train.precision=bf16"]
+    config = load_config(RECIPE, asks, world_size=None)
+    report, _ = _check_node(Patient(config=config, run_dir=None, grace_s=60), 1, 1)
+    assert {check.name: check.status for check in report.checks}["dispatcher"] == "fail"
+
+
 def test_disk_is_judged_by_the_checkpoints_of_the_run(tmp_path):
-    needed = disk.checkpoint_bytes(load_config(RECIPE))
+    needed = run_checkpoint_bytes(load_config(RECIPE))
     assert needed == 6_032_064 * (4 + 12)  # fp32 weights of the quick start, main copy, two moments
     assert disk.check_space(tmp_path, needed, keep=2).status == "ok"
     assert disk.check_space(tmp_path, 2**60, keep=2).status == "fail"
@@ -219,6 +238,23 @@ def test_disk_is_judged_by_the_checkpoints_of_the_run(tmp_path):
     slow = disk.check_write_rate([1e9], needed_bytes=10**12, grace_s=600)
     assert slow.status == "warn"
     assert "1,000.0 s" in slow.value
+
+
+def test_a_checkpoint_under_muon_has_one_moment_of_each_matrix():
+    adamw, muon = (load_config(RECIPE, [f"optim.name={name}"]) for name in ("adamw", "muon"))
+    matrices = params_of_muon(shape_of(adamw.model))
+    assert run_checkpoint_bytes(adamw) - run_checkpoint_bytes(muon) == 4 * matrices
+
+
+def test_a_save_needs_twelve_bytes_a_parameter_of_every_rank_on_a_host():
+    needed = run_host_bytes(load_config(RECIPE))
+    assert needed == 6_032_064 * 12
+    found = host.check_save_memory(needed, ranks=8, total_bytes=10**9)
+    assert (found.status, found.value) == ("ok", "about 0.6 GB to save from 8 rank(s), of 1.0 GB")
+    found = host.check_save_memory(needed, ranks=16, total_bytes=10**9)
+    assert found.status == "fail"
+    assert "parallel.pp" in found.remedy
+    assert host.check_save_memory(needed, ranks=1).status == "ok"
 
 
 def test_write_rate_is_measured_and_leaves_nothing(tmp_path):

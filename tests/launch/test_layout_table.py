@@ -8,25 +8,31 @@ from megatron.core.parallel_state import RankGenerator
 from moe.config.schema import ParallelSection
 from moe.launch.layout import axes, layout_table, nodes_of
 
-LAYOUTS = [  # world size, tp, cp, pp, ep
-    (1, 1, 1, 1, 1),
-    (16, 2, 1, 2, 4),
-    (32, 4, 1, 1, 8),
-    (64, 1, 1, 8, 8),
-    (64, 2, 2, 2, 1),
-    (512, 1, 1, 16, 32),
-    (512, 8, 1, 4, 64),
+LAYOUTS = [  # world size, tp, cp, pp, ep, etp
+    (1, 1, 1, 1, 1, 1),
+    (16, 2, 1, 2, 4, 1),
+    (16, 2, 1, 2, 4, 2),
+    (32, 4, 1, 1, 8, 1),
+    (32, 2, 1, 1, 2, 4),
+    (64, 1, 1, 8, 8, 1),
+    (64, 2, 2, 2, 1, 1),
+    (64, 2, 2, 2, 1, 8),
+    (512, 1, 1, 16, 32, 1),
+    (512, 8, 1, 4, 64, 2),
 ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_groups_are_those_of_megatron(layout):
-    world, tp, cp, pp, ep = layout
+    world, tp, cp, pp, ep, etp = layout
     dense = RankGenerator(tp=tp, ep=1, dp=world // (tp * cp * pp), pp=pp, cp=cp, order="tp-cp-ep-dp-pp")
-    expert = RankGenerator(tp=1, ep=ep, dp=world // (ep * pp), pp=pp, cp=1, order="tp-cp-ep-dp-pp")
-    found = {axis.name: axis for axis in axes(ParallelSection(tp=tp, cp=cp, pp=pp, ep=ep), world)}
+    edp = world // (etp * ep * pp)
+    expert = RankGenerator(tp=etp, ep=ep, dp=edp, pp=pp, cp=1, order="tp-cp-ep-dp-pp")
+    parallel = ParallelSection(tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
+    found = {axis.name: axis for axis in axes(parallel, world)}
     for name, generator, token in [
         *((name, dense, name) for name in ("tp", "cp", "dp", "pp")),
+        ("etp", expert, "tp"),
         ("ep", expert, "ep"),
         ("edp", expert, "dp"),
     ]:
@@ -36,7 +42,7 @@ def test_groups_are_those_of_megatron(layout):
 
 def test_table_says_what_stays_inside_a_node():
     text = layout_table(ParallelSection(tp=8, pp=4, ep=64), nodes=64, gpus_per_node=8)
-    rows = {line.split()[0]: line for line in text.splitlines()[2:8]}
+    rows = {line.split()[0]: line for line in text.splitlines()[2:9]}
     assert "inside a node" in rows["tp"]
     assert "across 8 nodes" in rows["ep"]
     assert "across 4 nodes" in rows["pp"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -97,6 +98,33 @@ def test_activations_and_biases(activation):
         assert_close(f"{name}.grad", actual[name].view(grad.shape), grad)
 
 
+def test_a_layer_that_stores_in_8_bits_trains_as_well():
+    sizes = {"expert_hidden_size": 128, "precision": "fp8"}
+    x_SBD, target_SBD = torch.randn(2, 16, 4, D).unbind()
+    losses, saved_bytes = {}, {}
+    for stores in (False, True):
+        layer = make_layer(fp8_input_store=stores, **sizes)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+        saved: dict[int, int] = {}
+        for _ in range(60):
+            with torch.autograd.graph.saved_tensors_hooks(partial(note_bytes, saved), lambda t: t):
+                loss = (layer(x_SBD).y - target_SBD).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            saved_bytes[stores] = sum(saved.values())
+            saved.clear()
+        losses[stores] = loss.item()
+    pairs, G = 16 * 4 * K, 256
+    assert saved_bytes[False] - saved_bytes[True] == pairs * G * 4 - pairs * (G + G // 128 * 4)
+    assert losses[False] < 0.01 and losses[True] < 0.015, losses  # it begins above 1
+
+
+def note_bytes(saved: dict[int, int], tensor: torch.Tensor) -> torch.Tensor:
+    saved[tensor.data_ptr()] = tensor.nbytes
+    return tensor
+
+
 def global_losses_on_rank(shards: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     layer = make_layer(aux_loss="global", aux_loss_coeff=0.3)
     layer.balance_group = dist.group.WORLD
@@ -119,6 +147,7 @@ def test_the_global_balance_loss_is_the_mean_over_ranks_of_one_batch(start_ranks
     ("settings", "message"),
     [
         ({"activation": "relu"}, "activation='relu' is unknown; allowed: swiglu, geglu, clamped_swiglu"),
+        ({"fp8_input_store": True}, "fp8_input_store needs a precision of fp8, .*, mxfp8, got 'wide'"),
         ({"precision": "int4"}, "precision='int4' is unknown; allowed: wide, fp8, fp8_power_of_two, mxfp8"),
         ({"score": "tanh", "backend": "cuda"}, "score='tanh' .*; backend='cuda' is unknown; allowed: auto"),
         ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),

@@ -23,6 +23,7 @@ from moe.metering.energy import EnergyMeterError
 from moe.metering.estimate import PowerModel
 from moe.metering.gpu_meter import GpuMeter
 from moe.metering.node_readers import _authorization, main
+from moe.metering.over_machines import node_level, too_coarse
 
 MODEL = PowerModel(idle_w=1, active_w_per_core=1, provenance="this test")
 
@@ -87,11 +88,16 @@ def test_command_whose_counter_stands_still_is_flagged(answer: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step_j", "steps", "validity"),
-    [(3_600_000, 0, "invalid"), (3_600_000, 20, "invalid"), (3_600_000, 40, "unchecked")],
+    ("step_j", "steps", "starts", "is_coarse"),
+    [
+        (3_600_000, 0, 1, True),
+        (3_600_000, 20, 1, True),
+        (3_600_000, 40, 1, False),
+        (3_600_000, 40, 2, True),  # both starts have ends
+    ],
 )
 def test_counter_whose_steps_are_coarse_for_the_run_is_flagged_at_the_end(
-    step_j: int, steps: int, validity: str, answer: Path
+    step_j: int, steps: int, starts: int, is_coarse: bool, answer: Path
 ) -> None:
     answer.write_text("1000000 J\n")
     meter = CommandMeter(["cat", str(answer)], period_s=0.005)
@@ -99,10 +105,18 @@ def test_counter_whose_steps_are_coarse_for_the_run_is_flagged_at_the_end(
         say(answer, f"{1_000_000 + step * step_j} J\n")
         wait_for(meter, step * step_j)
     assert meter.audit().validity == "unchecked"
-    audit = meter.closing_audit()
+    said = too_coarse(starts * meter.step_j(), meter.read().energy_j)
     meter.close()
-    assert audit.validity == validity
-    assert ("too coarse for this run" in audit.detail) == (validity == "invalid")
+    assert ("too coarse for this run" in str(said)) == is_coarse
+
+
+def test_a_short_last_start_is_judged_with_the_joules_of_all_starts() -> None:
+    """With 3.6 MJ steps 500 MJ of three starts are fine, 10 MJ of the last one alone would not be."""
+    assert too_coarse(3 * 3.6e6, 500e6) is None
+    assert too_coarse(3.6e6, 10e6) is not None
+    assert node_level("counter", [], 500e6, unsure_j=3 * 3.6e6).basis == "measured"
+    assert node_level("counter", [], 500e6, unsure_j=5 * 3.6e6).basis == "unknown"
+    assert too_coarse(0.0, 0.0) is None  # watts
 
 
 def test_command_that_begins_to_fail_is_an_error_not_a_zero(answer: Path) -> None:

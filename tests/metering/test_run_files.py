@@ -80,7 +80,7 @@ def test_report_round_trip_has_the_fixed_fields(tmp_path: Path, make_report: Mak
         "campaign"
     )
     assert list(raw) == ["schema_version", *fixed.split()]
-    assert list(raw["layout"]) == ["tp", "pp", "ep", "cp", "dp"]
+    assert list(raw["layout"]) == ["tp", "pp", "ep", "cp", "dp", "etp"]
     energy = "source boundary description total_j idle_w validity validity_detail cross_check spread levels"
     assert list(raw["energy"]) == energy.split()
     assert list(raw["campaign"]) == ["starts", "campaign_j", "useful_j", "goodput"]

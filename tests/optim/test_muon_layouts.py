@@ -20,6 +20,7 @@ LAYOUTS = {
     "pp2": (2, ["parallel.pp=2"]),
     "dp4": (4, []),  # shares that end within matrices and within experts
     "tp2 ep4": (4, ["parallel.tp=2", "parallel.ep=4"]),
+    "ep2 etp2": (4, ["parallel.ep=2", "parallel.etp=2"]),
     "pp2 ep2 overlap": (
         4,
         [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -83,8 +84,8 @@ def test_latent_queries_and_keys_give_gamma_times_the_logits() -> None:
     assert row_factors("linear_kv_down.weight", GAMMA, attention) is None
 
 
-def clipped(overrides: list[str], save_to: Path) -> list[float]:
-    """On one rank of a job: train with a low tau; losses."""
+def clipped(overrides: list[str], save_to: Path) -> list[float | None]:
+    """On one rank of a job: train with a low tau; losses, and the largest logits."""
     from moe.checkpoint.save import save_checkpoint
     from moe.engine.megatron import MegatronEngine
 
@@ -97,7 +98,22 @@ def clipped(overrides: list[str], save_to: Path) -> list[float]:
             for step in range(3)
         ]
         save_checkpoint(engine, save_to, 3, {}, keep=1)
-        return [result.loss for result in results]
+        return [result.loss for result in results] + [result.max_attention_logit for result in results]
+    finally:
+        engine.close()
+
+
+def logits_computed(overrides: list[str]) -> tuple[int, float | None]:
+    """How often in a step, and the largest."""
+    from moe.engine.megatron import MegatronEngine
+
+    torch.set_num_threads(1)
+    config = config_of(overrides, 1)
+    engine = MegatronEngine(config)
+    try:
+        with patch("moe.optim.qk_clip.largest_logits", wraps=largest_logits) as counted:
+            result = engine.train_step(batches(config, 0, 0, 1), lr=1e-2)
+        return counted.call_count, result.max_attention_logit
     finally:
         engine.close()
 
@@ -137,3 +153,14 @@ def test_layout_clips_as_one_rank_does(
     queries = [key for key in one if key.startswith("decoder") and "linear_q" in key and "down" not in key]
     assert queries
     assert all(float(one[key].norm()) < 0.97 * float(free[key].norm()) for key in queries)
+
+
+@pytest.mark.parametrize(("model", "attentions"), [([], 2), (MLA, 3)], ids=["gqa", "mla, mtp"])
+def test_what_is_computed_again_is_not_noted_again(pool: RankPool, model: list[str], attentions: int) -> None:
+    once, largest = pool.run(logits_computed, [*model, *TAU], num_ranks=1)[0]
+    assert once == attentions * 4  # micro-batches
+    assert largest is not None
+    for recompute in ("selective", "full"):
+        assert pool.run(logits_computed, [*model, *TAU, f"train.recompute={recompute}"], num_ranks=1) == [
+            (once, largest)
+        ]

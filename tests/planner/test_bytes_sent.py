@@ -133,6 +133,13 @@ def test_weak_scaling(pool: RankPool) -> None:
     assert sent[0] < sent[1] < sent[2]
 
 
+def test_weak_scaling_of_muon(pool: RankPool) -> None:
+    """Its momenta are gathered whole: bytes grow as (n - 1) / n."""
+    sent = [check(pool, ranks, "optim.name=muon") for ranks in (1, 2, 4)]
+    assert sent[0] == 0
+    assert sent[2] / sent[1] == pytest.approx(3 / 2, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
@@ -144,8 +151,25 @@ def test_weak_scaling(pool: RankPool) -> None:
         (2, ("parallel.pp=2", "model.tie_embeddings=true")),
         (2, ("parallel.cp=2",)),
         (4, ("parallel.cp=2", "parallel.tp=2", *MLA)),
+        (4, ("parallel.etp=2", "parallel.ep=2", "parallel.tp=2", "train.precision=bf16")),
+        (2, ("parallel.etp=2", "train.recompute=full")),
+        (4, ("parallel.tp=2", "parallel.ep=2", "train.precision=bf16", "optim.name=muon")),
+        (4, ("parallel.pp=2", "parallel.etp=2", *MLA, "optim.name=muon")),
     ],
-    ids=["tp", "tp ep bf16", "pp ep", "tp mla", "tp mtp", "pp tied", "cp", "cp tp mla"],
+    ids=[
+        "tp",
+        "tp ep bf16",
+        "pp ep",
+        "tp mla",
+        "tp mtp",
+        "pp tied",
+        "cp",
+        "cp tp mla",
+        "etp ep tp",
+        "etp",
+        "muon tp ep",
+        "muon pp etp mla",
+    ],
 )
 def test_layouts(pool: RankPool, ranks: int, overrides: tuple[str, ...]) -> None:
     check(pool, ranks, *overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from ranks_pool import RankPool
 
 from moe.config import load_config
+from moe.counts.checkpoint import host_bytes
 from moe.planner.activations import Saved
 from moe.planner.hardware_file import find_gpu
-from moe.planner.memory import held_params, in_flight, memory_of_stages
+from moe.planner.memory import in_flight, memory_of_stages
 from moe.planner.settings import Job, load_plan_config, make_job
-from moe.planner.stages import stages_of
+from moe.planner.stages import held_params, stages_of
 from moe.planner.validate import published_config
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -59,9 +61,45 @@ def engine_bytes(overrides: tuple[str, ...]) -> dict[str, int]:
         "gradients": sum(p.main_grad.numel() * p.main_grad.element_size() for p in parameters),
         "optimizer": sum(t.numel() * t.element_size() for t in tensors),
         "saved": sum(storage.nbytes() for storage in saved.values()),
+        "to save": gathered_to_save(engine),
     }
+    written, expected = checkpoint_size(engine)
+    assert abs(written / expected - 1) < 0.01, f"{written} bytes on disk, {expected} planned"
     engine.close()
     return found
+
+
+def checkpoint_size(engine: Any) -> tuple[int, int]:
+    """(on disk, as the engine says)."""
+    from moe.engine.megatron_state import save_state
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_state(engine.models, engine.optimizer, Path(folder))
+        return sum(path.stat().st_size for path in Path(folder).iterdir()), engine.checkpoint_bytes
+
+
+def gathered_to_save(engine: Any) -> int:
+    """Bytes of optimizer state that megatron-core gathers in the memory of a rank's host to write it."""
+    from moe.engine.megatron_optimizer import parts_of, sharded_moments
+    from moe.model.build import sharded_state
+
+    gathered = []
+
+    def noted(gather: Any) -> Any:
+        def gather_and_note(**options: Any) -> Any:
+            states = gather(**options)
+            by_dtype = [of for key, of in states.items() if key != "buckets_coalesced"]
+            tensors = [t for of in by_dtype for buffer in of.values() for t in buffer.values()]
+            gathered.extend(t.nbytes for t in tensors if torch.is_tensor(t))
+            return states
+
+        return gather_and_note
+
+    model_state = {str(i): sharded_state(model) for i, model in enumerate(engine.models)}
+    for part in parts_of(engine.optimizer):
+        part.get_parameter_state_dp_zero = noted(part.get_parameter_state_dp_zero)
+        sharded_moments(part, model_state, is_loading=False)
+    return sum(gathered)
 
 
 def random_batch(config: Any) -> dict[str, torch.Tensor]:
@@ -102,6 +140,11 @@ def pool(start_ranks: Any) -> RankPool:
         ("model.num_dense_layers=0", "model.shared_expert_hidden_size=0"),
         ("model.attention.qk_norm=head",),
         ("train.micro_batch_size=2",),
+        ("train.precision=bf16", "model.expert_precision=fp8", "model.expert_fp8_input_store=true"),
+        ("model.attention.sinks=true",),
+        ("model.attention.sinks=true", "train.precision=bf16", "train.micro_batch_size=2"),
+        ("model.attention.sliding_window=16", "train.micro_batch_size=2"),
+        ("optim.name=muon", "train.precision=bf16", "train.micro_batch_size=2"),
     ],
     ids=lambda overrides: " ".join(overrides) or "quickstart",
 )
@@ -113,6 +156,8 @@ def test_engine_holds_what_was_planned(pool: RankPool, overrides: tuple[str, ...
     assert stage.optimizer == pytest.approx(found["optimizer"], rel=0.05)
     saved = sum(value for part, value in stage.parts.items() if part in SAVED)
     assert saved == pytest.approx(found["saved"], rel=0.05)
+    to_save = host_bytes(sum(held_params(planned(overrides), stages_of(planned(overrides))[0])))
+    assert to_save == pytest.approx(found.pop("to save"), rel=0.001)
     assert stage.total_bytes - stage.workspace == pytest.approx(sum(found.values()), rel=0.05)
 
 
@@ -123,6 +168,8 @@ def test_engine_holds_what_was_planned(pool: RankPool, overrides: tuple[str, ...
         ("parallel.tp=2", "parallel.ep=2"),
         ("parallel.pp=2", "parallel.ep=2"),
         ("parallel.tp=2", "parallel.pp=2"),
+        ("parallel.etp=2", "parallel.ep=2", "parallel.tp=2", "model.expert_bias=true"),
+        ("parallel.etp=2", "parallel.pp=2"),
     ],
     ids=" ".join,
 )

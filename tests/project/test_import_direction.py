@@ -57,6 +57,7 @@ PLACES = {
         "moe.engine.deepspeed_groups",
         "moe.engine.deepspeed_settings",
     ),
+    "deep_ep": ("moe.layer.fused_library",),
     "wandb": ("moe.metering.sinks",),
     "transformers": ("moe.transformers_backend", "moe.convert"),
     "triton": ("moe.kernels",),

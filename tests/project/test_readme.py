@@ -44,11 +44,18 @@ def test_quick_start_is_the_recipe_that_was_measured():
 
 def test_errors_of_the_planner_are_those_of_the_result_file():
     # moe plan --validate --json > benchmarks/results/plan-validation.json
-    errors = result("plan-validation.json")["summary"]
+    results = result("plan-validation.json")
+    errors, held_out = results["summary"], results["summary_held_out"]
     sentence = (
         f"{errors['rows']} rows the step time is off by {100 * errors['step_median_abs_error']:.1f} % in the "
         f"median and {100 * errors['step_worst_abs_error']:.1f} % at worst, memory by at most "
         f"{100 * errors['memory_worst_abs_error']:.1f} %"
+    )
+    assert sentence in README
+    sentence = (
+        f"{held_out['rows']} published runs that had no part in any constant or term it is "
+        f"{100 * held_out['step_median_abs_error']:.1f} % and "
+        f"{100 * held_out['step_worst_abs_error']:.1f} %"
     )
     assert sentence in README
 

@@ -134,6 +134,6 @@ def test_finished_run_stays_as_it_is_and_a_plain_resume_follows_the_last_start(
     first = json.loads((copy / "report.json").read_text())
     run(command("resume", str(copy), "train.steps=22"))
     second = json.loads((copy / "report.json").read_text())
-    assert second["layout"] == {"tp": 1, "pp": 1, "ep": 2, "cp": 1, "dp": 2}
+    assert second["layout"] == {"tp": 1, "pp": 1, "ep": 2, "cp": 1, "dp": 2, "etp": 1}
     assert second["wall_s"] > first["wall_s"] > json.loads(before["report.json"])["wall_s"]
     assert second["energy"]["total_j"] > first["energy"]["total_j"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def test_report_says_what_was_done(reference_run: Path) -> None:
     assert report["params_active"] == params_active(shape) < report["params_total"]
     assert report["flops_per_token"] == flops_per_token(shape, 64)
     assert report["loss_first"] > report["loss_last"] > 0
-    assert report["layout"] == {"tp": 1, "pp": 1, "ep": 1, "cp": 1, "dp": 1}
+    assert report["layout"] == {"tp": 1, "pp": 1, "ep": 1, "cp": 1, "dp": 1, "etp": 1}
     assert {"source", "boundary", "total_j", "idle_w"} <= report["energy"].keys()
     assert report["tokens_per_j"] == pytest.approx(report["tokens"] / report["energy"]["total_j"])
     if report["energy"]["source"] == "estimated":
@@ -103,13 +104,22 @@ def own_text_overrides(folder: Path) -> list[str]:
 
 
 def test_own_text_trains_and_the_tracker_stays_offline(own_text: Path, tmp_path: Path) -> None:
-    overrides = [*own_text_overrides(own_text), "tracking.wandb=offline", "energy.meter=estimate"]
-    output = run(train_command(tmp_path / "run", *overrides))
+    more = ["tracking.wandb=offline", "energy.meter=estimate", "optim.qk_clip=100"]
+    output = run(train_command(tmp_path / "run", *own_text_overrides(own_text), *more))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     # One byte a token, so a loss in nats is the same in bits per byte.
     assert report["heldout_bits_per_byte"] == pytest.approx(report["heldout_loss"] / 0.6931472, rel=1e-2)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert_called_an_estimate(tmp_path / "run", output)
+    assert_largest_logit_is_shown(tmp_path / "run", output)
+
+
+def assert_largest_logit_is_shown(run_dir: Path, output: str) -> None:
+    """Where QK-clip acts, wherever the loss is."""
+    assert all(0 < record["max_attention_logit"] < 100 for record in metrics(run_dir))
+    assert re.search(r"step 3/3  loss .*  logit \d+\.\d  ", output)
+    (tracked,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    assert b"max_attention_logit" in tracked.read_bytes()
 
 
 def assert_called_an_estimate(run_dir: Path, output: str) -> None:

@@ -6,22 +6,11 @@ import os
 import time
 from pathlib import Path
 
-from moe.config.schema import RunConfig
-from moe.counts.counts import params_total
-from moe.counts.shape import shape_of
 from moe.durable import free_bytes
 from moe.errors import InputError
 from moe.launch.doctor.check import Check
 
 WRITE_BYTES = 64 * 2**20  # enough to leave the cache of a network client; fsync does the rest
-_MAIN_AND_MOMENTS_BYTES = 12  # fp32 main copy and two moments of each parameter
-_WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
-
-
-def checkpoint_bytes(config: RunConfig) -> int:
-    """Size of one checkpoint of a run: weights, main copy and moments."""
-    each = _WEIGHT_BYTES[config.train.precision] + _MAIN_AND_MOMENTS_BYTES
-    return params_total(shape_of(config.model)) * each
 
 
 def check_space(folder: Path, needed_bytes: int, keep: int) -> Check:

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from moe.config.schema import RunConfig
+from moe.counts.checkpoint import run_checkpoint_bytes, run_host_bytes
 from moe.errors import InputError
-from moe.launch.doctor import collectives, disk, gpu, network, software
+from moe.launch.doctor import collectives, disk, gpu, host, network, software
 from moe.launch.doctor.check import Check
 from moe.launch.doctor.report import NodeReport, Report
 from moe.ranks import local_rank, on_every_rank
@@ -85,6 +86,11 @@ def _ranks_of_this_node(leaders: Sequence[int], world_size: int) -> int:
 def _check_node(patient: Patient, ranks: int, nodes: int) -> tuple[NodeReport, float | None]:
     """The checks of one node, and the rate at which it writes, in bytes/s."""
     checks = [software.check_versions(), *_check_gpus(patient, ranks), network.check_infiniband(nodes)]
+    dispatcher = "" if patient.config is None else patient.config.parallel.dispatcher
+    if dispatcher in ("deepep", "hybridep"):
+        checks.append(software.check_dispatcher(dispatcher))
+    if patient.config is not None and patient.config.engine.name == "megatron":
+        checks.append(host.check_save_memory(run_host_bytes(patient.config), ranks))
     rate = None
     if patient.run_dir is not None:
         try:
@@ -154,7 +160,7 @@ def _check_disk(patient: Patient, rates: Sequence[float | None]) -> Iterator[Che
         remedy = "moe doctor CONFIG checks that its checkpoints fit"
         yield Check("disk space", "skipped", "no config was given", remedy)
         return
-    needed = disk.checkpoint_bytes(patient.config)
+    needed = run_checkpoint_bytes(patient.config)
     yield disk.check_space(patient.run_dir, needed, patient.config.checkpoint.keep)
     if len(known) == len(rates):
         yield disk.check_write_rate(known, needed, patient.grace_s)

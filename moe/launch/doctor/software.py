@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from moe import __version__
+from moe.errors import InputError
 from moe.launch.doctor.check import Check
 
 NEEDED = ("torch", "megatron-core")
-OPTIONAL = ("triton", "deepspeed", "nvidia-ml-py", "transformer-engine")
+OPTIONAL = ("triton", "deepspeed", "nvidia-ml-py", "transformer-engine", "deep_ep")
 
 
 def check_versions(needed: Sequence[str] = NEEDED) -> Check:
@@ -23,6 +24,17 @@ def check_versions(needed: Sequence[str] = NEEDED) -> Check:
         remedy = "install the training extra: pip install 'joulemoe[train]'"
         return Check("versions", "fail", f"{text}; missing: {', '.join(missing)}", remedy)
     return Check("versions", "ok", text)
+
+
+def check_dispatcher(name: str) -> Check:
+    """Whether the package is here that parallel.dispatcher=deepep or hybridep calls."""
+    from moe.layer.fused_library import import_library, version_of
+
+    try:
+        found = import_library(name)
+    except InputError as error:
+        return Check("dispatcher", "fail", f"parallel.dispatcher={name}: deep_ep not found", str(error))
+    return Check("dispatcher", "ok", f"parallel.dispatcher={name}: deep_ep {version_of(found)}")
 
 
 def _version(name: str) -> str | None:

@@ -1,0 +1,58 @@
+"""What a checkpoint takes, on disk and in the memory of hosts while it is written."""
+
+from __future__ import annotations
+
+from moe.config.schema import RunConfig
+from moe.counts.counts import all_weights, params_on_rank, params_total
+from moe.counts.shape import Shape, shape_of
+
+FP32_BYTES = 4
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2}  # of train.precision
+
+
+def run_checkpoint_bytes(config: RunConfig) -> int:
+    """Size on disk of a checkpoint of a run."""
+    return checkpoint_bytes(
+        shape_of(config.model),
+        weight_bytes=WEIGHT_BYTES[config.train.precision],
+        muon=config.optim.name == "muon",
+    )
+
+
+def checkpoint_bytes(shape: Shape, *, weight_bytes: int, muon: bool, moment_bytes: int = FP32_BYTES) -> int:
+    """Size on disk: weights, their fp32 main copies, and two moments of each; one of what Muon moves.
+
+    Args:
+        shape: Of the model.
+        weight_bytes: Of a number as GEMMs read it.
+        muon: Whether Muon moves matrices.
+        moment_bytes: Of a number of a moment.
+    """
+    total = params_total(shape)
+    moments = 2 * total - (params_of_muon(shape) if muon else 0)
+    return total * (weight_bytes + FP32_BYTES) + moments * moment_bytes
+
+
+def run_host_bytes(config: RunConfig) -> float:
+    """Host memory of a rank of a run that saves; the mean over pipeline stages."""
+    parallel = config.parallel
+    weights = all_weights(shape_of(config.model))
+    held = params_on_rank(weights, tp=parallel.tp, expert_ranks=parallel.ep * parallel.etp)
+    return host_bytes(sum(held) / parallel.pp)
+
+
+def params_of_muon(shape: Shape) -> int:
+    """Parameters that Muon moves."""
+    return sum(weight.numel for weight in all_weights(shape) if weight.is_of_muon)
+
+
+def host_bytes(params: float) -> float:
+    """Host memory of one rank that writes a checkpoint which any layout can read.
+
+    megatron-core 0.16 (`fully_reshardable`) gathers main copies and both moments of all that a rank holds,
+    not of its share, in fp32 on each data-parallel rank; a moment that Muon does not keep has its place, too.
+
+    Args:
+        params: Numbers that the rank holds.
+    """
+    return params * 3 * FP32_BYTES
