@@ -13,6 +13,7 @@ changed only with --power-caps and --allow-power-changes, and always put back.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import uuid
@@ -34,6 +35,7 @@ from moe.energy.steady_state import FULL, RULES, SHORT
 from moe.errors import InputError, MoeError
 from moe.quiet import quiet_third_party
 
+CAPS_NEED = "--power-caps changes settings of the GPUs; ask for it with --allow-power-changes"
 EVAL_EVERY = 10  # steps between evaluations on the way to a loss, where the recipe names none
 
 
@@ -81,7 +83,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="DIR", help="write a page, HTML and PNG")
     args = parser.parse_intermixed_args(argv)
     if args.power_caps and not args.allow_power_changes:
-        parser.error("--power-caps changes settings of the GPUs; ask for it with --allow-power-changes")
+        parser.error(CAPS_NEED)
     if min(args.repeats, args.forced_repeats, args.seeds - 1) < 0:
         parser.error("--repeats and --forced-repeats are at least 0, --seeds at least 1")
     if not args.repeats and args.target_loss is None:
@@ -186,9 +188,15 @@ def _seeded(case: Case, seed: int) -> Case:
 
 
 def _capping(*, allowed: bool) -> Callable[[float], AbstractContextManager[None]]:
-    """What caps the GPUs of this machine for a leg; of one machine only, for rank 0 reaches no other."""
+    """What caps the GPUs of this machine for a leg; of one machine only, for rank 0 reaches no other.
+
+    Raises:
+        InputError: it may or can not be done; on every rank, before any of them trains.
+    """
     import torch
 
+    if not allowed:
+        raise InputError(CAPS_NEED)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if int(os.environ.get("WORLD_SIZE", "1")) != ranks_here:
         raise InputError("--power-caps works on one machine: set the caps of several with their scheduler")
@@ -197,10 +205,11 @@ def _capping(*, allowed: bool) -> Callable[[float], AbstractContextManager[None]
     if _rank() != 0:
         return uncapped
     uuids = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(ranks_here)]
+    note_once = functools.cache(_note)  # how to undo a cap is the same for every leg
 
     @contextmanager
     def capped(watts: float) -> Iterator[None]:
-        with open_nvml() as nvml, power_capped(nvml, uuids, watts, allowed=allowed, note=_note):
+        with open_nvml() as nvml, power_capped(nvml, uuids, watts, allowed=allowed, note=note_once):
             yield
 
     return capped

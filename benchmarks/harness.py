@@ -73,14 +73,14 @@ def time_interleaved_ms(steps: Mapping[Name, Step], *, budget_s: float, device: 
 def keep_freed_memory() -> None:
     """Let this process reuse what it frees.
 
-    glibc gives large freed blocks back to the system, or keeps them, by what was freed before. The system's
+    By what was freed before, glibc gives large freed blocks back to the system or keeps them. The system's
     price for a page's first touch, which differs from moment to moment, then falls on whichever step comes
-    next: on half a layer's memory, and a tenth of its time (mallopt(3)).
+    next; it was a tenth of a layer's time on the machine of benchmarks/results. Source: mallopt(3).
     """
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
         if mallopt(parameter, value) != 1:
             raise RuntimeError(f"mallopt({parameter}, {value}) failed")
 

@@ -53,18 +53,19 @@ def asked() -> Iterator[Asked]:
 
 
 def products_of(shape: Shape, dtype: str, capability: int) -> Iterator[Asked]:
-    """The six products of the expert path, and the accumulation into a master gradient."""
+    """The six products of the expert path, and the accumulation into the master gradients."""
     D, F, x = shape.D, shape.F, f"*{dtype}:16"
-    accumulated = {"p_out": FP32, "ACCUMULATE": True}
-    kind, n, k, gate_up = wgrad(2 * F, D, x, right_is_gathered=True)
+    down = wgrad(D, F, x, right_is_gathered=False)
+    gate_up = wgrad(2 * F, D, x, right_is_gathered=True)
     for name, spec in {
         "H = X W1, A": up(shape, x),
         "Y = A W2": gemm(D, F, x, W_IS_NK=True),
         "dH, A', dS": grad_h(shape, x),
         "dX = dH W1": gemm(D, 2 * F, x, W_IS_NK=False),
-        "dW2": wgrad(D, F, x, right_is_gathered=False),
-        "dW1": (kind, n, k, gate_up),
-        "dW1 += in fp32": (kind, n, k, gate_up | accumulated),
+        "dW2": down,
+        "dW2 += in fp32": accumulated(down),
+        "dW1": gate_up,
+        "dW1 += in fp32": accumulated(gate_up),
     }.items():
         yield product(name, spec, shape, dtype, capability)
 
@@ -109,6 +110,12 @@ def wgrad(M: int, N: int, x: str, *, right_is_gathered: bool) -> Product:
     arguments = {"p_left": x, "p_right": x, "p_out": x, "p_ends": INT32, "ACCUMULATE": False}
     arguments |= dict(zip(("p_order_left", "p_order_right"), orders, strict=True))
     return "wgrad", N, M, arguments | {"M": M, "N": N}
+
+
+def accumulated(product: Product) -> Product:
+    """A weight's gradient, added to one in fp32."""
+    kind, columns, length, arguments = product
+    return kind, columns, length, arguments | {"p_out": FP32, "ACCUMULATE": True}
 
 
 def of_indices(shape: Shape, capability: int) -> Iterator[Asked]:

@@ -91,9 +91,16 @@ def check_main_grads(
         return
     if precision != "wide":
         raise ValueError(f"main_grads go with precision='wide', got {precision!r}")
+    if torch.compiler.is_compiling():
+        # It saves them for the backward: where two forwards wait, the second backward finds them changed.
+        raise ValueError(
+            "main_grads do not go with torch.compile; compile without them, or without fullgraph"
+        )
     for name, main, weight in zip(("gate_up", "down"), main_grads, (w_gate_up_eGD, w_down_eDF), strict=True):
         if main.dtype != torch.float32 or main.shape != weight.shape or not main.is_contiguous():
             raise ValueError(
                 f"main_grads of {name} must be contiguous torch.float32 of shape {tuple(weight.shape)}, got "
                 f"{main.dtype} of {tuple(main.shape)}"
             )
+        if torch.is_grad_enabled() and not weight.requires_grad:
+            raise ValueError(f"main_grads need weights that require gradients, {name} does not; pass None")

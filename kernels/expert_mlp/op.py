@@ -64,15 +64,16 @@ def expert_mlp(
             rounded h, forward and backward.
         main_grads: fp32 tensors of the shapes of the experts' two weights. The backward adds the weights'
             gradients to them, and what autograd gets for the weights is memory without meaning (as under
-            gradient_accumulation_fusion of Megatron-Core). For precision `wide`.
+            gradient_accumulation_fusion of Megatron-Core). Every backward through y adds, whichever inputs'
+            gradients were asked for. For precision `wide`, and not for torch.compile.
         backend: `auto` (triton on CUDA, torch elsewhere), `triton` or `torch`.
 
     Returns:
         y_TD in x's dtype; sums are in fp32 or wider.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit together or the precision, or a backend that cannot
-            run here.
+        ValueError: for shapes or dtypes that do not fit together or the precision, main_grads of weights
+            that take no gradient or under torch.compile, or a backend that cannot run here.
     """
     order_N, inverse_N, ends_e = index
     chosen = choose_backend(backend, x_TD)
@@ -246,7 +247,7 @@ def _implementation(backend: str) -> ModuleType:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.activation, ctx.backend, main_gate_up_eGD, main_down_eDF = inputs
-    # Not saved, which would forbid that another backward adds to them first.
+    # Not saved, which would forbid that another backward adds to them first; torch.compile would save them.
     ctx.main_grads = main_gate_up_eGD, main_down_eDF
     _, h_NG = output
     ctx.mark_non_differentiable(h_NG)
@@ -263,7 +264,9 @@ def _gradient(ctx: Any, grad_TD: Tensor | None, _: None) -> tuple[Tensor | None,
         grads = _backward(*arguments)
     else:
         grad_x_TD, *others = _backward_into(*arguments, *ctx.main_grads)
-        grads = [grad_x_TD, *(torch.empty_like(weight) for weight in saved[1:3]), *others]
+        # Anomaly detection looks for NaN in them.
+        unused = torch.zeros_like if torch.is_anomaly_enabled() else torch.empty_like
+        grads = [grad_x_TD, *(unused(weight) for weight in saved[1:3]), *others]
     has_biases = saved[7] is not None
     biases = grads[4:] if has_biases else (None, None)
     return *grads[:4], None, None, None, *biases, None, None, None, None

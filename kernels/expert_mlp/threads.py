@@ -1,8 +1,8 @@
 """Experts, and rows, shared between threads of the CPU: each computes its own, alone.
 
 Threads that share one small product wait for each other at every step: slow, and very slow on a busy machine.
-Those of OpenMP also wait actively for milliseconds after it, and take that time from ours: what comes between
-the experts' products is therefore shared out here, too.
+Those of OpenMP also wait actively for milliseconds after it, and take that time from ours: the long sums
+after the experts' products are therefore shared out here, too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def share_experts(work: Callable[[int, slice], None], experts: Iterable[Expert])
     queue = sorted(experts, key=lambda expert: expert[1].start - expert[1].stop)
     num_threads, num_rows = torch.get_num_threads(), sum(rows.stop - rows.start for _, rows in queue)
     largest = queue[0][1].stop - queue[0][1].start if queue else 0
-    if num_threads == 1 or largest * num_threads > num_rows:  # one thread would be left with the largest
+    # With a larger one, a thread would be left alone with it.
+    if not queue or num_threads == 1 or largest * num_threads > num_rows:
         for expert, rows in queue:
             work(expert, rows)
         return

@@ -16,6 +16,7 @@ from moe.config.optim_rules import OPTIM_CHECKS
 from moe.config.parallel_rules import PARALLEL_CHECKS
 
 _LAYOUT = ("world_size", "parallel.tp", "parallel.pp", "parallel.cp")
+_MOST_TOP_K_FUSED = 32  # moe.layer.dispatch_check; DeepEP gives a warp's lane to each as well
 _LARGEST_LISTED_DIVISOR = 1024  # of a size; no layout is wider along one axis
 
 
@@ -94,7 +95,7 @@ def _ep_ranks(ep: int, etp: int, world: int, pp: int) -> str | None:
     )
 
 
-def _fused(dispatcher: str, ep: int, precision: str, device: str) -> str | None:
+def _fused(dispatcher: str, ep: int, precision: str, device: str, top_k: int) -> str | None:
     """What the libraries can never do; whether one is here is seen at start (moe.layer.fused_library)."""
     if dispatcher not in ("deepep", "hybridep"):
         return None
@@ -104,6 +105,12 @@ def _fused(dispatcher: str, ep: int, precision: str, device: str) -> str | None:
         return (
             f"parallel.dispatcher={dispatcher} is a CUDA library that sums rows in bf16, but train.precision="
             f"{precision} and engine.device={device}; use parallel.dispatcher=hierarchical or alltoall"
+        )
+    if top_k > _MOST_TOP_K_FUSED:
+        return (
+            f"parallel.dispatcher={dispatcher} is checked at the start with sums that are exact up to "
+            f"{_MOST_TOP_K_FUSED} experts a token, and model.top_k={top_k}; "
+            "use parallel.dispatcher=hierarchical or alltoall"
         )
     return None
 
@@ -331,7 +338,7 @@ RULES: tuple[Rule, ...] = (
     Rule(_LAYOUT, _world),
     Rule(("parallel.ep", "parallel.etp", "world_size", "parallel.pp"), _ep_ranks),
     _divides("parallel.ep", "model.num_experts"),
-    Rule(("parallel.dispatcher", "parallel.ep", "train.precision", "engine.device"), _fused),
+    Rule(("parallel.dispatcher", "parallel.ep", "train.precision", "engine.device", "model.top_k"), _fused),
     Rule(("parallel.dispatcher", "parallel.ranks_per_node", "parallel.ep", "parallel.etp"), _whole_nodes),
     *(Rule(keys, check) for keys, check in PARALLEL_CHECKS),
     _divides("parallel.tp", "model.attention.num_heads"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from moe.config.schema import RunConfig
+from moe.config.schema import ParallelSection, RunConfig
 from moe.counts.counts import all_weights, params_on_rank, params_total
 from moe.counts.shape import Shape, shape_of
+from moe.counts.stages import Stage, chunk_layers, split_stages, stage_parts
 
 FP32_BYTES = 4
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}  # of train.precision
@@ -34,11 +35,19 @@ def checkpoint_bytes(shape: Shape, *, weight_bytes: int, muon: bool, moment_byte
 
 
 def run_host_bytes(config: RunConfig) -> float:
-    """Host memory of a rank of a run that saves; the mean over pipeline stages."""
-    parallel = config.parallel
-    weights = all_weights(shape_of(config.model))
-    held = params_on_rank(weights, tp=parallel.tp, expert_ranks=parallel.ep * parallel.etp)
-    return host_bytes(sum(held) / parallel.pp)
+    """Host memory of a rank of the fullest pipeline stage of a run that saves."""
+    parallel, shape = config.parallel, shape_of(config.model)
+    layers = parallel.stage_layers or chunk_layers(shape, parallel.pp, parallel.vpp)
+    stages = split_stages(shape, layers, parallel.pp)
+    return host_bytes(max(_held(shape, stage, parallel) for stage in stages))
+
+
+def _held(shape: Shape, stage: Stage, parallel: ParallelSection) -> int:
+    """Parameters that a rank of a stage holds."""
+    return sum(
+        count * sum(params_on_rank(weights, tp=parallel.tp, expert_ranks=parallel.ep * parallel.etp))
+        for weights, count in stage_parts(shape, stage)
+    )
 
 
 def params_of_muon(shape: Shape) -> int:

@@ -1,12 +1,15 @@
-"""The names of DeepSpeed that this engine relies on although nobody promises them, checked at start.
+"""Names of DeepSpeed that this engine relies on although nobody promises them, checked at start.
 
-A later version may rename one: then a run ends here, before it has a process group, and not in its middle.
+A later version may rename one: then a run ends before its first step, and not in its middle. What can be
+found by importing is looked for before there is a process group, what ZeRO leaves on its objects once it has
+made them. `deepspeed.ops.__compatible_ops__` is not asked for: answering starts compilers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import Any
 
@@ -21,6 +24,7 @@ NAMES = (
     "deepspeed.module_inject.auto_ep_layer:AutoEPMoELayer",
     "deepspeed.runtime.compiler:compile",
     "deepspeed.runtime.compiler:dummy_decorator",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # found, not imported: that compiles
     "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload._register_deepspeed_module",
     "deepspeed.runtime.zero.partition_parameters:Init.param_id",
     "deepspeed.runtime.zero.partition_parameters:register_external_parameter",
@@ -47,16 +51,26 @@ ATTRIBUTES = {
 
 
 def require_names(names: Iterable[str] = NAMES) -> None:
-    """See that DeepSpeed is here and has all names, `module:attribute.attribute`; imports it.
+    """See that DeepSpeed can be imported and has `names`.
+
+    Args:
+        names: `module:attribute.attribute`, whose modules are imported, or `module`, which is only found.
 
     Raises:
-        InputError: listing what is missing.
+        InputError: listing what is missing, or why DeepSpeed or a module of it cannot be imported.
     """
     try:
         found = version("deepspeed")
     except PackageNotFoundError as error:
         raise InputError(f"engine.name=deepspeed: DeepSpeed is not installed. {REMEDY}") from error
-    missing = [name for name in names if not _exists(name)]
+    try:
+        resolve_name("deepspeed")  # imports it; why that fails says more than the names that are missing then
+        missing = [name for name in names if not _exists(name)]
+    except ImportError as error:
+        raise InputError(
+            f"engine.name=deepspeed: DeepSpeed {found} is installed but cannot be imported: {error}. Install "
+            "what it misses, or use engine.name=megatron"
+        ) from error
     if missing:
         raise InputError(_lacks(found, missing))
 
@@ -76,9 +90,16 @@ def require_attributes(optimizer: Any, parameter: Any, *, zero_stage: int) -> No
 
 
 def _exists(name: str) -> bool:
+    module, _, attribute = name.partition(":")
     try:
+        if not attribute:
+            return find_spec(module) is not None
         resolve_name(name)
-    except (ImportError, AttributeError):
+    except AttributeError:
+        return False
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something else that the module needs
         return False
     return True
 

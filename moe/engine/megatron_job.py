@@ -23,7 +23,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from moe.config.schema import RunConfig
 from moe.engine.base import EvalResult, Layout
 from moe.engine.device import choose_device
-from moe.engine.fused_dispatcher import use_fused_dispatcher
+from moe.engine.fused_dispatcher import require_fused_dispatcher, use_fused_dispatcher
 from moe.engine.mtp_loss import summed_mtp_loss
 from moe.engine.without_cuda import without_cuda
 from moe.layer import updated_bias
@@ -43,7 +43,8 @@ class MegatronJob:
         Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them the job is one rank.
 
         Raises:
-            InputError: if the device that the config names is absent.
+            InputError: if the device or the library that the config names is absent.
+            WrongDispatchError: if that library moves rows wrong.
         """
         self.config = config
         self._undo = contextlib.ExitStack()
@@ -56,6 +57,7 @@ class MegatronJob:
         self._undo.enter_context(without_cuda())
         self.torch_device = choose_device(config.engine.device)
         self._join(config)
+        require_fused_dispatcher(config, self.torch_device)
         parallel = config.parallel
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp,
@@ -76,9 +78,8 @@ class MegatronJob:
         self.device = torch.cuda.get_device_name() if self.torch_device.type == "cuda" else "cpu"
         self.num_microbatches = config.train.global_batch_size // (config.train.micro_batch_size * dp)
         self._build(config)
-        use_fused_dispatcher(
-            config, self.moe_layers, parallel_state.get_expert_model_parallel_group(), self.torch_device
-        )
+        ep_group = parallel_state.get_expert_model_parallel_group()
+        use_fused_dispatcher(config, self.moe_layers, ep_group, self.torch_device, self._undo)
 
     def _join(self, config: RunConfig) -> None:
         backend = "nccl" if self.torch_device.type == "cuda" else "gloo"

@@ -25,7 +25,8 @@ class MoEConfig:
         shared_expert_hidden_size: of an expert that every token passes (arXiv 2401.06066); 0 has none.
         activation: `swiglu`, `geglu` (both arXiv 2002.05202), or `clamped_swiglu` of gpt-oss.
         expert_bias: experts have biases, as gpt-oss's.
-        precision: of the experts' products: `wide` is their dtype; others quantise (kernels.quantize).
+        precision: of the experts' products: `wide` is their dtype; others quantise (kernels.quantize), swiglu
+            experts without biases only.
         fp8_input_store: the input of the activation is saved for the backward in that precision, too, in half
             the memory; the forward computes with what is saved.
         score: `softmax` or `sigmoid` of the logits.
@@ -105,6 +106,11 @@ class MoEConfig:
             value = getattr(self, field)
             if value not in allowed:
                 yield f"{field}={value!r} is unknown; allowed: {', '.join(allowed)}"
+        if self.precision != "wide" and (self.activation != "swiglu" or self.expert_bias):
+            yield (
+                f"precision={self.precision!r} takes activation='swiglu' and expert_bias=False, got "
+                f"{self.activation!r} and {self.expert_bias}"
+            )
         if self.fp8_input_store and self.precision == "wide":
             yield f"fp8_input_store needs a precision of {', '.join(PRECISIONS[1:])}, got 'wide'"
 

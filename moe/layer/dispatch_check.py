@@ -1,22 +1,24 @@
-"""Whether a dispatcher moves rows right: one small batch through it and through the plain all-to-all.
+"""Whether a dispatcher moves rows right: two small batches through it and through the plain all-to-all.
 
-A dispatcher that loses, doubles or swaps rows trains all the same, only worse. The batch holds what goes
+A dispatcher that loses, doubles or swaps rows trains all the same, only worse. A batch holds what goes
 wrong first: odd numbers of tokens, a rank with few, an expert of half the tokens, one of none, dropped pairs,
 a token that goes nowhere. Its numbers are small integers and halves, whose sums are exact in bf16 in any
-order, so that nothing but equality will do.
+order, so that nothing but equality will do. Both batches are on their way at once, as those of layers and of
+micro-batches are, and send as many rows to each rank: one that takes the other's way makes no noise.
 
 Shapes: T tokens of this rank, K top-k, E experts, D model, N pairs with an expert of this rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.errors import MoeError
+from moe.errors import InputError, MoeError
 from moe.layer.dispatch import AllToAllDispatcher, Dispatcher
 from moe.layer.dispatch_fused import ExchangeSizes
 from moe.layer.types import Dispatched, Routing
@@ -53,7 +55,7 @@ def check_dispatcher(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Send a batch through it, and its gradients home; collective over the group.
+    """Send two batches through it, and their gradients home; collective over the group.
 
     Args:
         dispatcher: any whose experts lie on the ranks of the group in order.
@@ -64,16 +66,23 @@ def check_dispatcher(
         device: of the rows.
 
     Raises:
-        ValueError: top_k is too large for exact sums.
+        InputError: top_k is too large for exact sums.
         WrongDispatchError: the output, or a gradient, is not that of the plain all-to-all on some rank.
     """
     if sizes.top_k > MOST_TOP_K:
-        raise ValueError(f"top_k={sizes.top_k} is more than {MOST_TOP_K}, for which sums are exact")
+        raise InputError(
+            f"{name} is checked with sums that are exact for at most {MOST_TOP_K} experts a token, and "
+            f"top_k={sizes.top_k}; use parallel.dispatcher=hierarchical or alltoall"
+        )
     batch = _batch(group.rank(), sizes, dtype, device)
+    batches = (batch, _turned(batch))
     first = group.rank() * (sizes.num_experts // group.size())
-    expected = _through(AllToAllDispatcher(sizes.num_experts, group), batch, first)
-    found = _through(dispatcher, batch, first)
-    mine = {what: _difference(found[what], tensor) for what, tensor in expected.items()}
+    expected = _through(AllToAllDispatcher(sizes.num_experts, group), batches, first)
+    found = _through(dispatcher, batches, first)
+    mine = {
+        what: max(_difference(one[what], other[what]) for one, other in zip(found, expected, strict=True))
+        for what in expected[0]
+    }
     everyone: list[tuple[int, dict[str, float]]] = [(0, {})] * group.size()
     dist.all_gather_object(everyone, (dist.get_rank(), mine), group=group)
     wrong = [(far, what, rank) for rank, all_of in everyone for what, far in all_of.items() if far > 0]
@@ -103,6 +112,17 @@ def _batch(rank: int, sizes: ExchangeSizes, dtype: torch.dtype, device: torch.de
     )
 
 
+def _turned(batch: _Batch) -> _Batch:
+    """The last token first, and its other numbers negative: as many rows go the same ways."""
+    return _Batch(
+        x_TD=-batch.x_TD.flip(0),
+        weights_TK=batch.weights_TK.flip(0),
+        cotangent_TD=-batch.cotangent_TD.flip(0),
+        routing_ids_TK=batch.routing_ids_TK.flip(0),
+        scale_ED=batch.scale_ED,
+    )
+
+
 def _small_integers(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """-2, -1, 1 or 2: no zero, which could be anything that was lost."""
     return torch.tensor([-2.0, -1.0, 1.0, 2.0])[torch.randint(0, 4, (rows, columns), generator=generator)]
@@ -118,20 +138,33 @@ def _ids(T: int, E: int, K: int, generator: torch.Generator) -> Tensor:
     return ids_TK
 
 
-def _through(dispatcher: Dispatcher, batch: _Batch, first_expert: int) -> dict[str, Tensor]:
-    """The output and all gradients, by name."""
-    x_TD, weights_TK = batch.x_TD.clone().requires_grad_(), batch.weights_TK.clone().requires_grad_()
-    ids_TK = batch.routing_ids_TK
-    counts_E = ids_TK[ids_TK >= 0].bincount(minlength=len(batch.scale_ED))
-    dispatched = dispatcher.dispatch(x_TD, Routing(ids_TK, weights_TK, counts_E))
-    y_TD = dispatcher.combine(_scaled(dispatched, batch.scale_ED[first_expert:]), dispatched)
-    y_TD.backward(batch.cotangent_TD)
-    assert x_TD.grad is not None and weights_TK.grad is not None
-    return {
-        "the output": y_TD.detach(),
-        "the gradient of x": x_TD.grad,
-        "the gradient of weights": weights_TK.grad,
-    }
+def _through(dispatcher: Dispatcher, batches: Sequence[_Batch], first_expert: int) -> list[dict[str, Tensor]]:
+    """The output and all gradients of each, by name: all leave, all come home, the last goes back first."""
+    leaves = [
+        (batch.x_TD.clone().requires_grad_(), batch.weights_TK.clone().requires_grad_()) for batch in batches
+    ]
+    arrived = []
+    for batch, (x_TD, weights_TK) in zip(batches, leaves, strict=True):
+        ids_TK = batch.routing_ids_TK
+        counts_E = ids_TK[ids_TK >= 0].bincount(minlength=len(batch.scale_ED))
+        arrived.append(dispatcher.dispatch(x_TD, Routing(ids_TK, weights_TK, counts_E)))
+    outputs = [
+        dispatcher.combine(_scaled(dispatched, batch.scale_ED[first_expert:]), dispatched)
+        for batch, dispatched in zip(batches, arrived, strict=True)
+    ]
+    for batch, y_TD in reversed(list(zip(batches, outputs, strict=True))):
+        y_TD.backward(batch.cotangent_TD)
+    results = []
+    for y_TD, (x_TD, weights_TK) in zip(outputs, leaves, strict=True):
+        assert x_TD.grad is not None and weights_TK.grad is not None
+        results.append(
+            {
+                "the output": y_TD.detach(),
+                "the gradient of x": x_TD.grad,
+                "the gradient of weights": weights_TK.grad,
+            }
+        )
+    return results
 
 
 def _scaled(dispatched: Dispatched, scale_ED: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 From its documentation and source (github.com/deepseek-ai/DeepEP, v1.2.1 and main at 2.1.0). In both a row
 goes once to each rank that holds experts of its token, with the ids there (-1 for experts elsewhere) and the
-weights (0 there); at home rows are added in fp32 and rounded to bf16, without weights.
+weights (0 there); at home rows are added in fp32 and rounded to bf16, without weights. Between
+nodes version 2 may round the sum of a node's rows, too.
 
 Shapes: moe/layer/dispatch_fused.py.
 """
@@ -22,7 +23,7 @@ from moe.layer.dispatch_fused import ExchangeSizes, Sent
 
 # What is called, with the arguments that are given by name.
 BUFFER_API = {
-    "Buffer.__init__": ("group", "num_nvl_bytes", "num_rdma_bytes"),
+    "Buffer.__init__": ("group", "num_nvl_bytes", "num_rdma_bytes", "explicitly_destroy"),
     "Buffer.get_dispatch_config": (),
     "Buffer.get_combine_config": (),
     "Buffer.get_dispatch_layout": ("topk_idx", "num_experts"),
@@ -38,9 +39,17 @@ BUFFER_API = {
         "async_finish",
     ),
     "Buffer.combine": ("x", "handle", "topk_weights"),
+    "Buffer.destroy": (),
 }
 ELASTIC_API = {
-    "ElasticBuffer.__init__": ("group", "num_max_tokens_per_rank", "hidden", "num_topk", "deterministic"),
+    "ElasticBuffer.__init__": (
+        "group",
+        "num_max_tokens_per_rank",
+        "hidden",
+        "num_topk",
+        "deterministic",
+        "explicitly_destroy",
+    ),
     "ElasticBuffer.dispatch": (
         "x",
         "topk_idx",
@@ -51,10 +60,12 @@ ELASTIC_API = {
         "handle",
     ),
     "ElasticBuffer.combine": ("x", "handle", "topk_weights"),
+    "ElasticBuffer.destroy": (),
 }
 # Kernels copy vectors of 16 bytes; those between nodes, and all of version 2, by a warp: 32 at once.
 VECTOR_BYTES, WARP = 16, 32
 NVLINK_RANKS = 8  # Buffer takes every 8 neighbours of the group for a node
+MOST_RANKS = 160  # that Buffer has settings for
 
 
 class BufferCarrier:
@@ -87,6 +98,7 @@ class BufferCarrier:
             num_rdma_bytes=max(
                 config.get_rdma_buffer_size_hint(row_bytes, group.size()) for config in configs
             ),
+            explicitly_destroy=True,
         )
 
     def send(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Sent]:
@@ -119,6 +131,10 @@ class BufferCarrier:
         y_TD, weights_TK, _ = self._buffer.combine(x=y_RD, handle=handle, topk_weights=weights_RK)
         return y_TD, weights_TK
 
+    def close(self) -> None:
+        """See Carrier."""
+        self._buffer.destroy()
+
 
 class ElasticCarrier:
     """deep_ep.ElasticBuffer, of version 2; see Carrier."""
@@ -137,6 +153,7 @@ class ElasticCarrier:
             hidden=sizes.hidden_size,
             num_topk=sizes.top_k,
             deterministic=True,  # rows arrive in one order, so that runs give equal bits
+            explicitly_destroy=True,
         )
 
     def send(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Sent]:
@@ -163,6 +180,10 @@ class ElasticCarrier:
         y_TD, weights_TK, _ = self._buffer.combine(x=y_RD, handle=handle, topk_weights=weights_RK)
         return y_TD, weights_TK
 
+    def close(self) -> None:
+        """See Carrier."""
+        self._buffer.destroy()
+
 
 def _id_dtype(deep_ep: ModuleType) -> torch.dtype:
     """Version 2 may be built for 32 bits."""
@@ -174,10 +195,20 @@ def _configs(deep_ep: ModuleType, ranks: int, name: str) -> tuple[Any, Any]:
     try:
         return deep_ep.Buffer.get_dispatch_config(ranks), deep_ep.Buffer.get_combine_config(ranks)
     except AssertionError as error:
+        served = ", ".join(str(n) for n in range(2, MOST_RANKS + 1) if _is_served(deep_ep, n))
         raise InputError(
-            f"{name} has no kernels for parallel.ep={ranks} ({error}); use 2, 4, 8, or whole nodes of "
-            f"{NVLINK_RANKS} ranks, or parallel.dispatcher=hierarchical or alltoall"
+            f"{name} has no kernels for parallel.ep={ranks} ({error}); use one of {served}, "
+            "or parallel.dispatcher=hierarchical or alltoall"
         ) from error
+
+
+def _is_served(deep_ep: ModuleType, ranks: int) -> bool:
+    try:
+        deep_ep.Buffer.get_dispatch_config(ranks)
+        deep_ep.Buffer.get_combine_config(ranks)
+    except AssertionError:
+        return False
+    return True
 
 
 def _require_whole_nodes(group: dist.ProcessGroup, name: str) -> None:
@@ -189,7 +220,9 @@ def _require_whole_nodes(group: dist.ProcessGroup, name: str) -> None:
             raise InputError(
                 f"{name} takes ranks {first} to {first + len(node) - 1} of an expert group for one node with "
                 f"NVLink, but they run on {', '.join(sorted(set(node)))}; use a parallel.ep that fills nodes "
-                f"of {NVLINK_RANKS} GPUs or lies in one, or parallel.dispatcher=hierarchical or alltoall"
+                f"of {NVLINK_RANKS} GPUs or lies in one (with parallel.etp above 1 only the latter: "
+                f"parallel.ep of at most {NVLINK_RANKS} / parallel.etp), whole experts, parallel.etp=1, or "
+                "parallel.dispatcher=hierarchical or alltoall"
             )
 
 

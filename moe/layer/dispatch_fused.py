@@ -4,7 +4,7 @@ A `Carrier` is one library with its buffers, DeepEP or HybridEP; this file makes
 gradients: that of sending rows is bringing them home, and the reverse. The experts apply the weights.
 
 No carrier has met its library where this was written, for want of a GPU. They follow its documentation and
-source, tests run them on a double, and dispatch_check.py compares the first batch of every run.
+source, tests run them on a double, and dispatch_check.py compares a made-up batch before every run.
 
 Shapes: T tokens, K top-k, R rows that arrive, D model.
 """
@@ -77,6 +77,10 @@ class Carrier(Protocol):
         """The sum at each token of the rows that it sent, and of each pair's weights."""
         ...
 
+    def close(self) -> None:
+        """Free the buffers, while the process group still stands: ranks meet here. Nothing moves after it."""
+        ...
+
 
 class FusedDispatcher(Dispatcher):
     """Experts are split over the carrier's group in rank order."""
@@ -99,7 +103,8 @@ class FusedDispatcher(Dispatcher):
         )
 
         def arrive() -> Dispatched:
-            sent.wait()
+            with torch.no_grad():  # DeepEP 2 sorts the rows in place here, which is no part of the graph
+                sent.wait()
             index = permute_index(sent.ids_RK.long().flatten(), self.num_local_experts, backend=self.backend)
             return Dispatched(x_RD, weights_RK, index, Carried(sent.handle))
 

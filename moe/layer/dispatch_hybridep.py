@@ -35,6 +35,10 @@ HYBRID_API = {
 }
 # Kernels work in chunks of so many tokens, and copy rows of a multiple of so many numbers.
 CHUNK_TOKENS, ROW_MULTIPLE = 64, 16
+# The ranks of an NVLink domain, which the library finds out itself, hold a multiple of so many experts.
+EXPERT_MULTIPLE = 4
+# What it says of a group that is not whole domains, and of another number of experts.
+REFUSALS = ("should be divisible by the number of ranks", "buffer config is not valid")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class HybridCarrier:
             name: for people.
 
         Raises:
-            InputError: the library has no kernels for such rows.
+            InputError: the library has no kernels for such rows, or so many experts, or such a group.
         """
         if sizes.hidden_size % ROW_MULTIPLE:
             raise InputError(
@@ -70,12 +74,23 @@ class HybridCarrier:
         self._num_experts = sizes.num_experts
         self._num_local_experts = sizes.num_experts // group.size()
         self._num_tokens = -(-sizes.tokens_per_rank // CHUNK_TOKENS) * CHUNK_TOKENS
-        self._buffer = deep_ep.HybridEPBuffer(
-            group=group,
-            hidden_dim=sizes.hidden_size,
-            max_num_of_tokens_per_rank=self._num_tokens,
-            num_local_experts=self._num_local_experts,
-        )
+        try:
+            self._buffer = deep_ep.HybridEPBuffer(
+                group=group,
+                hidden_dim=sizes.hidden_size,
+                max_num_of_tokens_per_rank=self._num_tokens,
+                num_local_experts=self._num_local_experts,
+            )
+        except (AssertionError, RuntimeError) as error:
+            if not any(words in str(error) for words in REFUSALS):
+                raise
+            raise InputError(
+                f"{name} refuses parallel.ep={group.size()} with {self._num_local_experts} of "
+                f"model.num_experts={sizes.num_experts} on a rank ({error}): it takes whole NVLink domains, "
+                f"whose ranks hold a multiple of {EXPERT_MULTIPLE} experts together; use a parallel.ep that "
+                "fills domains or lies in one, other numbers of experts, or "
+                "parallel.dispatcher=hierarchical or alltoall"
+            ) from error
 
     def send(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Sent]:
         """See Carrier; on the current stream, so nothing is left to wait for."""
@@ -111,6 +126,10 @@ class HybridCarrier:
             return y_TD, None
         weights_TK = weights_PE[: len(ids_TK)].gather(1, ids_TK.clamp(min=0))
         return y_TD, weights_TK.masked_fill(ids_TK < 0, 0.0)
+
+    def close(self) -> None:
+        """See Carrier; its destructor frees them."""
+        del self._buffer
 
     def _filled_up(self, x_TD: Tensor) -> Tensor:
         missing = self._num_tokens - len(x_TD)

@@ -19,7 +19,7 @@ class GroupedExperts(nn.Module):
 
     Attributes:
         adds_to_main_grads: The backward adds the gradients of the two weights to their `main_grad`, which an
-            engine made in fp32, and marks them with Megatron-Core's `grad_added_to_main_grad`.
+            engine made in fp32, and the forward marks them with Megatron-Core's `grad_added_to_main_grad`.
     """
 
     def __init__(
@@ -108,9 +108,11 @@ class GroupedExperts(nn.Module):
         )
 
     def _main_grads(self) -> tuple[Tensor, Tensor] | None:
-        if not self.adds_to_main_grads or not torch.is_grad_enabled():
+        weights = (self.w_gate_up_eGD, self.w_down_eDF)
+        frozen = not all(weight.requires_grad for weight in weights)
+        if not self.adds_to_main_grads or frozen or not torch.is_grad_enabled():
             return None
-        for weight in (self.w_gate_up_eGD, self.w_down_eDF):
+        for weight in weights:
             weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return self.w_gate_up_eGD.main_grad, self.w_down_eDF.main_grad  # type: ignore[attr-defined]
 

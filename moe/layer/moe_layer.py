@@ -53,7 +53,8 @@ class MoELayer(nn.Module):
             config: sizes and settings.
             shared_expert: any module from tokens to outputs of their shape, in place of the config's own.
             ep_group: the ranks that share the experts, each holding E / ranks; None means all are here.
-            etp_group: the ranks that split each expert along its hidden size; None means they are whole.
+            etp_group: the ranks that split each expert along its hidden size; None means they are whole. They
+                must bring different tokens, as those of ep_group: one that two of them bring is two tokens.
             nodes: ep_group by node; rows then cross the network once for each node, not each expert.
             overlap: compute the shared expert while rows travel to experts; changes no bit of any result.
             sequence_group: the ranks that hold the other positions of the same sequences.
@@ -63,9 +64,12 @@ class MoELayer(nn.Module):
             device: of everything.
 
         Raises:
-            ValueError: if the experts cannot be split over ep_group, or each over etp_group.
+            ValueError: if the experts cannot be split over ep_group, or each over etp_group; nodes without
+                ep_group.
         """
         super().__init__()
+        if nodes is not None and ep_group is None:
+            raise ValueError("nodes are those of ep_group, which is None; give both, or neither")
         self.config = config
         self.overlap = overlap
         self.sequence_group = sequence_group
@@ -99,21 +103,23 @@ class MoELayer(nn.Module):
             self.dispatcher = AllToAllDispatcher(config.num_experts, ep_group, backend=config.backend)
         if etp_group is not None and slices > 1:
             self.dispatcher = ExpertTensorDispatcher(self.dispatcher, etp_group, backend=config.backend)
+        ep_rank = 0 if ep_group is None else dist.get_rank(ep_group)
+        self._place = ep_rank * slices + slice_here
         if initialize and not self.router.weight_ED.is_meta:
-            ep_rank = 0 if ep_group is None else dist.get_rank(ep_group)
-            self.reset_parameters(ep_rank * slices + slice_here)
+            self.reset_parameters()
 
-    def reset_parameters(self, place: int = 0) -> None:
-        """Draw the weights anew.
+    def reset_parameters(self, place: int | None = None) -> None:
+        """Draw the weights anew, also for the first time after a build on `meta`.
 
         Args:
-            place: of this rank among those that share the experts: they draw different ones from one seed.
+            place: of this rank among those that share the experts, by default its own: they draw different
+                ones from one seed.
         """
         std = self.config.init_std
         self.router.reset_parameters(std)
         if isinstance(self.shared_expert, SharedExpert):
             self.shared_expert.reset_parameters(std)
-        seed = int(torch.randint(2**62, ())) + place
+        seed = int(torch.randint(2**62, ())) + (self._place if place is None else place)
         self.experts.reset_parameters(std, seed=seed)
 
     def forward(self, x: Tensor) -> MoEOutput:

@@ -87,9 +87,10 @@ class CommandMeter:
             return Audit(validity="invalid", detail=str(error))
 
     def step_j(self) -> float:
-        """Largest step of the counter so far, by which each end of a start is unsure.
+        """Largest step of the counter since this meter was opened, by which its joules are unsure.
 
-        0 where the program gives watts, infinite where a counter has not moved.
+        0 where the program gives watts, infinite where a counter has not moved. What other starts of a run
+        saw: moe.metering.over_machines.steps_of_starts.
 
         Raises:
             EnergyMeterError: as `read`.

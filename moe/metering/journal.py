@@ -15,6 +15,8 @@ between them one a second at most, and one where the validity changes:
     wall_s     seconds in the training loop so far
     source, boundary, validity    see moe.metering.energy
     gpus, machines    of this start; in its first line only
+    counter_step_j, node_counter_step_j    largest step of the operator's counters in this start, summed over
+               machines; null where one has not moved, absent where there is none
 
 Joules never fall from one line to the next. What a killed start spent after its last line is in the line with
 which the next one begins, as far as `metrics.jsonl` had it: at most the step under way is lost.
@@ -37,6 +39,7 @@ from moe.metering.report import Report
 JOURNAL_FILE = "energy.jsonl"
 PERIOD_S = 1.0
 
+_IF_KNOWN = ("gpus", "machines", "counter_step_j", "node_counter_step_j")
 # Of a step's record in metrics.jsonl, by the names there.
 _FROM_RECORD = {
     "step": "step",
@@ -103,8 +106,8 @@ class EnergyJournal:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        size = {name: record[name] for name in ("gpus", "machines") if name in record}
-        entry = {"event": event, "start": self.number, "time_s": self._written_s} | finite | size
+        known = {name: record[name] for name in _IF_KNOWN if name in record}
+        entry = {"event": event, "start": self.number, "time_s": self._written_s} | finite | known
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
@@ -117,11 +120,14 @@ class Starts:
         number: How many.
         problem: Why the sum of their joules is not to be quoted; None if nothing speaks against it.
         sizes: GPUs and machines that any of them had; None for both where a start did not say.
+        steps_j: Of each, in order, the largest steps of the operator's counters: of the job's meter, and of
+            whole machines. Infinite where one did not move, NaN where the journal has none.
     """
 
     number: int
     problem: str | None
     sizes: frozenset[tuple[int | None, int | None]] = frozenset()
+    steps_j: tuple[tuple[float, float], ...] = ()
 
 
 def starts_of(entries: Sequence[Mapping[str, Any]]) -> Starts:
@@ -136,7 +142,15 @@ def starts_of(entries: Sequence[Mapping[str, Any]]) -> Starts:
     elif invalid:
         problem = f"the energy of start {invalid[0]} was invalid"
     sizes = {(entry.get("gpus"), entry.get("machines")) for entry in entries if entry.get("event") == "start"}
-    return Starts(number=len(last), problem=problem, sizes=frozenset(sizes))
+    steps_j = tuple(
+        (_step_j(entry, "counter_step_j"), _step_j(entry, "node_counter_step_j")) for entry in last.values()
+    )
+    return Starts(number=len(last), problem=problem, sizes=frozenset(sizes), steps_j=steps_j)
+
+
+def _step_j(entry: Mapping[str, Any], name: str) -> float:
+    step_j = entry.get(name, math.nan)
+    return math.inf if step_j is None else float(step_j)
 
 
 def read_journal(run_dir: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@
     tokens_per_j               tokens / energy_j; null where energy_validity is invalid
     energy_source, energy_boundary, energy_validity    what these joules are; see moe.metering.energy
     node_j                     joules of whole machines, where energy.node_command measures them
+    counter_step_j, node_counter_step_j    see moe.metering.journal; where an operator's counter is read
     power_w                    mean since the line before, over all machines
     wall_s                     seconds in the training loop so far, over all starts
     heldout_loss, heldout_bits_per_byte    on evaluation steps only

@@ -10,16 +10,33 @@ from moe.metering.boundaries import Level
 from moe.metering.energy import Audit
 from moe.metering.report import CrossCheck, Spread
 
-# Each end of a start is unsure by up to one step of a counter; asked at the end of the run, for at its
+# The joules of a start are unsure by up to one step of a counter; asked at the end of the run, for at its
 # beginning any step is a large part of the total.
 MAX_STEP = 0.03
+
+
+def steps_of_starts(steps_j: Sequence[float]) -> float:
+    """By how many joules the sum over the starts of a run is unsure: by one step of the counters for each.
+
+    A start too short to see its counters step is as unsure as the one that saw the largest step.
+
+    Args:
+        steps_j: The largest step in each start, summed over machines; infinite where a counter did not move,
+            NaN where nobody kept it.
+
+    Returns:
+        Infinite if a counter did not move and no start saw one move.
+    """
+    seen_j = [step_j for step_j in steps_j if math.isfinite(step_j) and step_j > 0]
+    unseen_j = max(seen_j, default=math.inf if math.inf in steps_j else 0.0)
+    return sum(step_j if math.isfinite(step_j) else unseen_j for step_j in steps_j)
 
 
 def too_coarse(unsure_j: float, total_j: float) -> str | None:
     """What is wrong with the counters of a run; None if they were fine enough.
 
     Args:
-        unsure_j: Their steps, summed over machines and starts.
+        unsure_j: As of `steps_of_starts`.
         total_j: What they counted over all starts.
     """
     if unsure_j <= MAX_STEP * total_j or math.isnan(total_j):

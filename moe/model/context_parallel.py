@@ -9,9 +9,6 @@ Shapes: S positions of the whole sequence, C = S / cp of this rank, c = C / tp u
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -30,6 +27,19 @@ def positions_of(rank: int, cp: int, length: int, device: torch.device) -> Tenso
     return torch.cat([early, late])
 
 
+class LogitsKnown:
+    """Hides what notes logits; opened once for each backward, of which a retained graph can have several."""
+
+    def __init__(self, split: SequenceSplit) -> None:
+        self.split, self.hidden = split, split.logits
+
+    def __enter__(self) -> None:
+        self.hidden, self.split.logits = self.split.logits, None
+
+    def __exit__(self, *_: object) -> None:
+        self.split.logits = self.hidden
+
+
 class SequenceSplit:
     """What an attention needs to know of the ranks that hold the other positions of its sequences."""
 
@@ -38,14 +48,9 @@ class SequenceSplit:
         self.tp = tp_group.size()
         self.logits: LargestLogits | None = None  # set where QK-clip asks for them
 
-    @contextmanager
-    def logits_known(self) -> Iterator[None]:
-        """While attention is computed again, QK-clip noted its logits the first time."""
-        logits, self.logits = self.logits, None
-        try:
-            yield
-        finally:
-            self.logits = logits
+    def logits_known(self) -> LogitsKnown:
+        """Open while attention is computed again: QK-clip noted its logits the first time."""
+        return LogitsKnown(self)
 
     def positions(self, length: int, device: torch.device) -> Tensor:
         """Places of this rank's positions, for rotary embeddings."""

@@ -24,7 +24,7 @@ from moe.errors import InputError
 from moe.layer import MoEConfig, MoELayer, NodeGroups, attach_loss, split_by_node
 from moe.model.expert_shards import SPLIT_DIM, expert_shards
 from moe.model.recompute import is_counted
-from moe.ranks import ranks_on_this_machine
+from moe.ranks import on_every_rank, ranks_on_this_machine
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,13 @@ def node_groups(ep: dist.ProcessGroup, config: RunConfig) -> NodeGroups | None:
     """The groups of the hierarchical dispatcher, where it is chosen; collective, once for all chunks.
 
     Raises:
-        InputError: if the expert-parallel ranks are not whole nodes, as the dispatcher needs.
+        InputError: if the expert-parallel ranks are not whole nodes, as the dispatcher needs, or machines
+            have unlike numbers of ranks and the config does not say how many a node has.
     """
     parallel = config.parallel
     if parallel.dispatcher != "hierarchical":
         return None
-    per_node = parallel.ranks_per_node or ranks_on_this_machine()
+    per_node = parallel.ranks_per_node or _ranks_on_each_machine()
     of_ep, rest = divmod(per_node, parallel.etp)  # of neighbours that split the same experts ep has one
     try:
         if rest:
@@ -77,6 +78,20 @@ def node_groups(ep: dist.ProcessGroup, config: RunConfig) -> NodeGroups | None:
             f"parallel.dispatcher=hierarchical: {error}, parallel.dispatcher=alltoall. "
             f"parallel.ranks_per_node={parallel.ranks_per_node}, {ranks_on_this_machine()} were started here"
         ) from error
+
+
+def _ranks_on_each_machine() -> int:
+    """The same on every rank, or groups would not fit together; collective."""
+    numbers = on_every_rank(ranks_on_this_machine)
+    if len(set(numbers)) == 1:
+        return numbers[0]
+    error = InputError(
+        "parallel.dispatcher=hierarchical with parallel.ranks_per_node=0 needs as many ranks on every "
+        f"machine, but ranks 0 to {len(numbers) - 1} have {', '.join(map(str, numbers))} on theirs; set "
+        "parallel.ranks_per_node, or use parallel.dispatcher=alltoall"
+    )
+    error.on_all_ranks = True
+    raise error
 
 
 class SharedExpertMLP(nn.Module):

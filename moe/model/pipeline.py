@@ -17,7 +17,7 @@ def layers_of_chunks(model: ModelSection, parallel: ParallelSection) -> tuple[in
         model: sizes.
         parallel: sizes that moe/config/rules.py has checked.
     """
-    return parallel.stage_layers or chunk_layers(shape_of(model), parallel.pp * parallel.vpp)
+    return parallel.stage_layers or chunk_layers(shape_of(model), parallel.pp, parallel.vpp)
 
 
 def megatron_layout(model: ModelSection, parallel: ParallelSection) -> list[list[str]]:

@@ -33,7 +33,7 @@ def recomputed(
         config: says whether.
         compute: draws no random numbers.
         inputs: what it takes.
-        again: makes what is open while it computes for the second time.
+        again: makes what is open while it computes again, as often as there are backward passes.
     """
     if config.recompute_granularity != "selective" or not torch.is_grad_enabled():
         return compute(*inputs)

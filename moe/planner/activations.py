@@ -11,13 +11,14 @@ R = t * K rows of experts on a rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from moe.planner.imbalance import imbalance
 from moe.planner.settings import Job
 
+EIGHT_BITS = ("fp8", "mxfp8")
 _FP32 = 4
-_QUANTISED = 1 + 1 / 32  # bytes of a number with its share of a scale: 1 for 32 numbers, or 4 for 128
+QUANTISED_BYTES = 1 + 1 / 32  # bytes of a number with its share of a scale: 1 for 32 numbers, or 4 for 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,19 @@ def layer_saved(job: Job, *, dense: bool) -> Saved:
     )
 
 
-def materialises_attention(job: Job) -> bool:
-    """Whether all weights of attention are made, for kernels of torch know no sinks and no windows."""
-    attention = job.shape.attention
-    return not job.plan.is_te and (attention.sinks or attention.window > 0)
+def join_saved(job: Job) -> float:
+    """What a prediction depth keeps of the two streams that it joins, unless it is recomputed whole."""
+    return 0.0 if "full" in job.recompute else 2 * (_norm(job) + _stream(job))
+
+
+def materialised_share(job: Job) -> float:
+    """Share of the layers that make all weights of attention: no kernel of torch knows sinks or windows."""
+    attention, shape = job.shape.attention, job.shape
+    if job.plan.is_te or not (attention.sinks or attention.window):
+        return 0.0
+    if attention.sinks or not attention.full_every:
+        return 1.0
+    return 1 - shape.num_layers // attention.full_every / shape.num_layers
 
 
 def attention_weights(job: Job) -> float:
@@ -76,18 +86,35 @@ def graph_bytes(job: Job) -> float:
     return 3 * _stream(job) if job.plan.cuda_graph == "partial" else 0.0
 
 
-def workspace_bytes(job: Job) -> float:
-    """The largest gradients that live at once: of rows of experts and what these save, or of attention."""
-    shape = job.shape
-    numbers = 2 * shape.hidden_size + 3 * shape.expert_hidden_size / job.layout.etp
-    experts = _rows(job) * job.wide_bytes * numbers
-    weights = attention_weights(job) if materialises_attention(job) else 0.0
-    return max(experts, 2 * job.tokens * weights * _FP32)
+def workspace_bytes(job: Job, *, dense: bool) -> float:
+    """The most that lives at once in the backward pass of one layer, beside what its forward pass saved.
+
+    That is what is computed again, with the gradients of rows of experts and of what these save, or with
+    those of attention. Parts that are computed again one by one are not there together, a whole layer is.
+    """
+    saved, whole = layer_saved(job, dense=dense), layer_saved(replace(job, recompute=()), dense=dense)
+    again = {one.name: max(0.0, getattr(whole, one.name) - getattr(saved, one.name)) for one in fields(Saved)}
+    again_bytes: float = sum(again.values())
+    of_attention = again_bytes if "full" in job.recompute else again["attention"]
+    of_experts = again_bytes if "full" in job.recompute else again_bytes - again["attention"]
+    weights = attention_weights(job) if materialised_share(job) else 0.0
+    attention = of_attention + 2 * job.tokens * weights * _FP32
+    return max(attention, of_experts + _expert_gradients(job))
+
+
+def _expert_gradients(job: Job) -> float:
+    """Of rows of experts and what they save; in 8 bits also of their weights, beside quantised weights."""
+    D, F = job.shape.hidden_size, job.shape.expert_hidden_size / job.layout.etp
+    rows = _rows(job) * job.wide_bytes * (2 * D + 3 * F)
+    if job.plan.is_te or job.expert_precision not in EIGHT_BITS:
+        return rows
+    weights = job.shape.num_experts / job.layout.ep * 3 * D * F
+    return rows + weights * (job.wide_bytes + QUANTISED_BYTES)
 
 
 def _operand_bytes(job: Job, precision: str) -> float:
     """Bytes of a GEMM's saved input: quantised ones are kept quantised, MXFP8 with a scale for 32 numbers."""
-    return {"fp8": 1.0, "mxfp8": _QUANTISED}.get(precision, job.wide_bytes)
+    return {"fp8": 1.0, "mxfp8": QUANTISED_BYTES}.get(precision, job.wide_bytes)
 
 
 def _stream(job: Job) -> float:
@@ -108,30 +135,46 @@ def _attention(job: Job) -> float:
     q, k, v = H * attention.qk_dim, groups * attention.qk_dim, groups * attention.v_dim
     output = H * (attention.v_dim * wide + _FP32)
     if "core_attn" in job.recompute:  # from the projections on; the output is the next one's input
-        inputs = q + k + v if not attention.is_latent else _compressed(job, copies=1) / layout.tp
+        inputs = q + k + v if not attention.is_latent else _compressed(job, copies=1, key_ranks=1) / layout.tp
         return T * (inputs + H * attention.v_dim) * wide
+    # Under context parallelism the outputs of two pieces of a sequence are joined for the projection.
+    output += H * attention.v_dim * wide if job.key_ranks > 1 else 0
     if not attention.is_latent:
-        # Values stay a part of the projection's output, so all of that stays. A norm keeps its queries apart.
-        normed = q + (q + k if job.plan.kernels == "torch" else 0)
-        normed = 0 if attention.qk_norm == "none" else normed
-        if materialises_attention(job):
-            # In fp32, weights and operands; values that are so already stay in the projection's output.
-            operands = q + k + (0 if job.precision == "fp32" else v)
-            kept = q + k + v + normed + H * attention.v_dim
-            return T * (kept * wide + (operands + attention_weights(job)) * _FP32)
-        return T * ((q + k + v + q + k + normed) * wide + output)
-    copies = 3 if job.plan.kernels == "torch" else 2
-    kept = T / layout.tp * _compressed(job, copies=copies) * wide + T * output
+        return T * _grouped(job, q, k, v, output)
+    copies, ranks = 3 if job.plan.kernels == "torch" else 2, job.key_ranks
+    kept = T / layout.tp * _compressed(job, copies=copies, key_ranks=ranks) * wide + T * output
     if "mla_up_proj" in job.recompute:
         return kept
     nope_dim = attention.qk_dim - attention.rope_dim
-    return kept + T * (q + k + v + groups * nope_dim) * wide
+    return kept + T * (q + ranks * (k + v + groups * nope_dim)) * wide
 
 
-def _compressed(job: Job, *, copies: int) -> float:
+def _grouped(job: Job, q: float, k: float, v: float, output: float) -> float:
+    """Bytes for a token, from the projection on; q, k, v numbers of its heads, `output` bytes."""
+    attention, wide = job.shape.attention, job.wide_bytes
+    normed = q + (q + k if job.plan.kernels == "torch" else 0)  # a norm keeps its queries apart
+    normed = 0 if attention.qk_norm == "none" else normed
+    # Values stay a part of the projection's output, so all of that stays; gathered ones are apart.
+    is_apart = job.key_ranks > 1
+    projected = normed + (q + k + v if normed or not is_apart else 0)
+    keys, values = job.key_ranks * k, job.key_ranks * v if is_apart else 0
+    fused = (projected + q + keys + values) * wide + output
+    share = materialised_share(job)
+    if not share:
+        return fused
+    # In fp32, weights and operands; values that are so already are counted above.
+    operands = q + keys + (0 if job.precision == "fp32" else job.key_ranks * v)
+    own_values = values if job.precision == "fp32" else 0
+    made = (projected + own_values + attention.num_heads / job.layout.tp * attention.v_dim) * wide
+    made += (operands + attention_weights(job)) * _FP32
+    return share * made + (1 - share) * fused
+
+
+def _compressed(job: Job, *, copies: int, key_ranks: int) -> float:
     """Numbers a token that latent attention keeps: compressions before and after their norms."""
     attention = job.shape.attention
-    return copies * (attention.q_lora_rank + attention.kv_lora_rank) + attention.rope_dim
+    keys = copies * attention.kv_lora_rank + attention.rope_dim
+    return copies * attention.q_lora_rank + key_ranks * keys
 
 
 def _router(job: Job) -> float:
@@ -162,7 +205,7 @@ def _experts(job: Job) -> float:
     operands = (of_tokens if gathers else D) + (F if keeps_activation else 0)
     # Ours quantises X along other dimensions in the backward, so it keeps X as it came.
     operand = _operand_bytes(job, job.expert_precision) if job.plan.is_te else job.wide_bytes
-    inputs = _QUANTISED if job.fp8_input_store else job.wide_bytes
+    inputs = QUANTISED_BYTES if job.fp8_input_store else job.wide_bytes
     return _rows(job) * (operands * operand + 2 * F * inputs)
 
 

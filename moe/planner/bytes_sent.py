@@ -108,11 +108,12 @@ def bytes_sent(
     return BytesSent(
         expert=m * moe_layers * (_layer_expert_bytes(job, expert_group, away) + split_experts)
         + once(muon.expert_matrices_bytes).sent_bytes(layout.etp),
-        tensor=m * tensor
-        + _replicated_gradients(job, here)
+        tensor=m * (tensor + _sent(loss_gathers(job, here), layout.tp))
+        + replicated_gradients(job, here).sent_bytes(layout.tp)
         + once(muon.dense_matrices_bytes).sent_bytes(layout.tp),
         context=m * (here.dense_layers + moe_layers) * context_gathers(job).sent_bytes(layout.cp),
-        pipeline=m * pipeline_sends(job, here) * pipeline_bytes(job) + _shared_embedding(job, here),
+        pipeline=m * pipeline_sends(job, here) * pipeline_bytes(job)
+        + shared_embedding(job, here).sent_bytes(2),
         data=_sent((*dense_data, once(muon.dense_momenta_bytes)), layout.dense_replicas)
         + _sent((*expert_data, once(muon.expert_momenta_bytes)), layout.edp),
         control=_control(job, here),
@@ -151,18 +152,22 @@ def _attention_gathers(job: Job, again: int) -> tuple[Gathers, ...]:
 
 
 def end_gathers(job: Job, stage: Stage) -> tuple[Gathers, ...]:
-    """Of the embedding, the output heads with their cross-entropy, and what joins the streams of MTP."""
+    """Of the embedding, the output heads, and what joins the streams of MTP."""
     stream, mtp = _stream_bytes(job), _mtp(job, stage)
     heads = 1 + mtp if stage.has_head else 0
     return (
         Gathers(count=2 * (int(stage.has_embedding) + mtp), whole_bytes=stream),
         Gathers(count=3 * heads, whole_bytes=stream),
-        # Maximum, sum and own logit of each token, all-reduced in fp32.
-        Gathers(count=3 * ALL_REDUCE * heads, whole_bytes=job.tokens * FP32_BYTES),
         # The join takes two streams; its output is gathered from its columns, to be split by positions.
         Gathers(count=3 * mtp, whole_bytes=2 * stream),
         Gathers(count=2 * mtp, whole_bytes=stream),
     )
+
+
+def loss_gathers(job: Job, stage: Stage) -> tuple[Gathers, ...]:
+    """Of the cross-entropy: maximum, sum and own logit of each token, all-reduced in fp32."""
+    heads = 1 + _mtp(job, stage) if stage.has_head else 0
+    return (Gathers(count=3 * ALL_REDUCE * heads, whole_bytes=job.tokens * FP32_BYTES),)
 
 
 def expert_tensor_gathers(job: Job) -> tuple[Gathers, ...]:
@@ -197,11 +202,10 @@ def context_gathers(job: Job) -> Gathers:
     return Gathers(count=2 + again, whole_bytes=whole)
 
 
-def _replicated_gradients(job: Job, stage: Stage) -> float:
+def replicated_gradients(job: Job, stage: Stage) -> Gathers:
     """Once a step: norms, router and compressions see a part of the sequence on each tensor-parallel rank."""
     whole = sum(w.numel for w in stage_weights(job.shape, stage) if w.split == "whole")
-    gradients = Gathers(count=ALL_REDUCE, whole_bytes=whole * _gradient_bytes(job))
-    return gradients.sent_bytes(job.layout.tp)
+    return Gathers(count=ALL_REDUCE, whole_bytes=whole * _gradient_bytes(job))
 
 
 # ---- experts, a micro-batch --------------------------------------------------------------------------------
@@ -254,14 +258,14 @@ def pipeline_sends(job: Job, stage: Stage) -> int:
     return 2 * chunks - int(stage.index == 0) - int(last)
 
 
-def _shared_embedding(job: Job, stage: Stage) -> float:
+def shared_embedding(job: Job, stage: Stage) -> Gathers:
     """Gradients of an embedding that the first and the last stage both hold, all-reduced once a step."""
     shape, layout = job.shape, job.layout
     held_twice = layout.pp > 1 and (shape.tied or shape.mtp_layers)
     if not held_twice or not (stage.has_embedding or stage.has_head):
-        return 0.0
+        return Gathers(count=0, whole_bytes=0)
     whole = shape.vocab_size * shape.hidden_size / layout.tp * _gradient_bytes(job)
-    return Gathers(count=ALL_REDUCE, whole_bytes=whole).sent_bytes(2)
+    return Gathers(count=ALL_REDUCE, whole_bytes=whole)
 
 
 # ---- data parallelism ------------------------------------------------------------------------------------
@@ -270,8 +274,8 @@ def _shared_embedding(job: Job, stage: Stage) -> float:
 def data_gathers(job: Job, stage: Stage) -> tuple[tuple[Gathers, ...], tuple[Gathers, ...]]:
     """Once a step, of dense weights and of experts: gradients scattered, then weights gathered.
 
-    ZeRO (arXiv 1910.02054): stage 0 all-reduces gradients; 3 gathers weights forward and backward, and
-    scatters gradients, in every micro-batch.
+    ZeRO (arXiv 1910.02054): stage 0 all-reduces gradients; 2 and 3, which keep a share of them, scatter them
+    in every micro-batch (DeepSpeed, stage_1_and_2.py); 3 gathers weights in each, forward and backward.
     """
     dense, experts = held_params(job, stage)
     weight_bytes = 1 if job.precision == "mxfp8" else job.wide_bytes
@@ -279,7 +283,7 @@ def data_gathers(job: Job, stage: Stage) -> tuple[tuple[Gathers, ...], tuple[Gat
     weights = (dense * weight_bytes + kept_wide, experts * weight_bytes)
     gradients = (dense * _gradient_bytes(job), experts * _gradient_bytes(job))
     zero, m = job.zero, job.num_microbatches
-    reductions = {0: ALL_REDUCE, 3: m}.get(zero, 1)
+    reductions = {0: ALL_REDUCE, 2: m, 3: m}.get(zero, 1)
     gathers = {0: 0, 3: 2 * m}.get(zero, 1)
     of_dense, of_experts = (
         (Gathers(count=reductions, whole_bytes=gradient), Gathers(count=gathers, whole_bytes=weight))

@@ -62,10 +62,10 @@ def _planned(request: Request, *, as_object: bool) -> str:
     site, config = load_site(request.site), _config(request, ())
     found = _search(config, request, site) if request.search else None
     plan = found.best if found else _plan(config, request, site)
-    others = [(change, _changed(request, plan, change, site)) for change in request.what_if]
+    others = [(change, _changed(request, config, plan, change)) for change in request.what_if]
     pictures = _draw(plan, found, request.png)
     if as_object:
-        return json.dumps(_object(plan, found, others, pictures))
+        return json.dumps(_object(config, plan, found, others) | _pictures(pictures))
     parts = [search_text(found) if found else plan_text(plan)]
     if others:
         parts.append(what_if_text(plan, others))
@@ -105,6 +105,8 @@ def _as_object(comparison: Comparison) -> dict[str, Any]:
         "measured_memory_gib": comparison.row.memory_gib or None,
         "memory_gib_worst_rank": comparison.planned_gib,
         "memory_error": comparison.memory_error,
+        "short_gib": comparison.short_gib,
+        "repeats": comparison.row.repeats or None,
     }
 
 
@@ -117,7 +119,7 @@ def _config(request: Request, more: Sequence[str]) -> PlanConfig:
 
 def _plan(config: PlanConfig, request: Request, site: Site) -> Plan:
     job = make_job(config, request.gpus, find_gpu(request.gpu))
-    return make_plan(job, config.train.steps, site)
+    return make_plan(job, config.train.steps, site, engine=config.engine.name)
 
 
 def _search(config: PlanConfig, request: Request, site: Site) -> Found:
@@ -128,9 +130,9 @@ def _search(config: PlanConfig, request: Request, site: Site) -> Found:
     return search(config, base, site=site, objective=objective)
 
 
-def _changed(request: Request, plan: Plan, change: str, site: Site) -> Plan:
+def _changed(request: Request, config: PlanConfig, plan: Plan, change: str) -> Plan:
     """The plan with one more override, in the layout that was planned."""
-    return _plan(_config(request, [*as_overrides(plan.job), change]), request, site)
+    return _plan(_config(request, [*as_overrides(config, plan.job), change]), request, plan.site)
 
 
 def _draw(plan: Plan, found: Found | None, folder: Path | None) -> list[Path]:
@@ -138,11 +140,14 @@ def _draw(plan: Plan, found: Found | None, folder: Path | None) -> list[Path]:
         return []
     from moe.planner.plots import draw_plan
 
-    return draw_plan(plan, found.front if found else (), folder)
+    try:
+        return draw_plan(plan, found.front if found else (), folder)
+    except OSError as error:
+        raise InputError(f"--png {folder} cannot be written: {error.strerror or error}") from error
 
 
 def _object(
-    plan: Plan, found: Found | None, others: Sequence[tuple[str, Plan]], pictures: Sequence[Path]
+    config: PlanConfig, plan: Plan, found: Found | None, others: Sequence[tuple[str, Plan]]
 ) -> dict[str, Any]:
     values = as_json(plan)
     if found:
@@ -150,18 +155,20 @@ def _object(
             "overrides": found.overrides,
             "tried": found.tried,
             "fitting": found.fitting,
-            "front": [_brief(one) for one in found.front],
+            "front": [_brief(config, one) for one in found.front],
             "neighbours": [asdict(neighbour) for neighbour in found.neighbours],
             "refused_by_train": found.refused,
         }
     if others:
-        values["what_if"] = [{"override": change, **_brief(other)} for change, other in others]
-    if pictures:
-        values["pictures"] = [str(path) for path in pictures]
+        values["what_if"] = [{"override": change, **_brief(config, other)} for change, other in others]
     return values
 
 
-def _brief(plan: Plan) -> dict[str, Any]:
+def _pictures(paths: Sequence[Path]) -> dict[str, Any]:
+    return {"pictures": [str(path) for path in paths]} if paths else {}
+
+
+def _brief(config: PlanConfig, plan: Plan) -> dict[str, Any]:
     full = as_json(plan)
     keys = ("layout", "step_s", "tokens_per_s_per_gpu", "memory_gib_worst_rank", "tokens_per_j", "fits")
-    return {"overrides": as_overrides(plan.job), **{key: full[key] for key in keys}}
+    return {"overrides": as_overrides(config, plan.job), **{key: full[key] for key in keys}}

@@ -64,7 +64,8 @@ class Gpu:
         host_w: CPU, memory, NICs, fans and power supplies, for each GPU, while training.
         fabric_w: Switches and optics, for each GPU.
         launch_s: CPU time of an op forward in Python, launch included: tens of microseconds for a module of
-            Transformer Engine on an x86 host, more on Grace. An estimate of ours; it binds small shapes only.
+            Transformer Engine on an x86 host, more on Grace. An estimate of ours; it binds
+            small shapes and, of the published runs, h12 alone.
         kernel_s: Time on the GPU between two kernels, and for the ramps of one.
         efficiency: What is sustained.
     """
@@ -87,27 +88,30 @@ class Gpu:
     efficiency: Efficiency
 
 
-def _peaks(bf16_tflops: float, fp8_tflops: float, *, mx: bool) -> MappingProxyType[str, float]:
-    """Dense peaks in FLOP/s; fp32 runs as TF32 at half of BF16."""
-    peaks = {"fp32": bf16_tflops / 2, "bf16": bf16_tflops, "fp8": fp8_tflops}
+def _peaks(
+    fp32_tflops: float, bf16_tflops: float, fp8_tflops: float, *, mx: bool
+) -> MappingProxyType[str, float]:
+    """Dense peaks in FLOP/s; in fp32 without tensor cores, as torch does unless asked for TF32."""
+    peaks = {"fp32": fp32_tflops, "bf16": bf16_tflops, "fp8": fp8_tflops}
     if mx:
         peaks["mxfp8"] = fp8_tflops
     return MappingProxyType({precision: tflops * 1e12 for precision, tflops in peaks.items()})
 
 
-# Sources of the table. Peaks, bandwidths, links and TDP: vendor data sheets. Memory: what torch reports where
-# that is known, else the lower of two published figures. Memory of hosts: 2 TB for 8 GPUs (DGX), 480 GB for 2
-# (Grace). Power of hosts: an H100 node draws at most 8.4 kW, of which its GPUs 5.6 (arXiv 2412.08602); a
-# GB300 rack 132 kW less its GPUs. Fabric: 2.01 kW a node of 8, which an MLPerf submitter derives from data
-# sheets, taken for all. Idle: estimates of ours. H100 efficiencies: GEMMs of 650 to 700 TFLOP/s,
-# FlashAttention-3 (arXiv 2407.08608) for attention.
+# Sources of the table. Peaks, bandwidths, links and TDP: vendor data sheets; those in fp32 are 67 TFLOP/s of
+# H100 and H200 SXM, 600 of an HGX board with 8 B200 or B300, 5,760 of an NVL72 rack with GB200 or GB300.
+# Memory: what torch reports where that is known, else the lower of two published figures. Memory of hosts: 2
+# TB for 8 GPUs (DGX), 480 GB for 2 (Grace). Power of hosts: an H100 node draws at most 8.4 kW, of which its
+# GPUs 5.6 (arXiv 2412.08602); a GB300 rack 132 kW less its GPUs. Fabric: 2.01 kW a node of 8, which an MLPerf
+# submitter derives from data sheets, taken for all. Idle: estimates of ours. H100 efficiencies: GEMMs of 650
+# to 700 TFLOP/s, FlashAttention-3 (arXiv 2407.08608) for attention.
 _H100 = Gpu(
     name="h100",
     memory_bytes=int(79.1 * _GIB),
     host_bytes=256e9,
     node_gpus=8,
     hbm_bytes_per_s=3.35e12,
-    peak_flops=_peaks(989, 1979, mx=False),
+    peak_flops=_peaks(67, 989, 1979, mx=False),
     nvlink_bytes_per_s=450e9,
     nvlink_domain=8,
     nic_bytes_per_s=50e9,
@@ -145,7 +149,7 @@ _B200 = Gpu(
     host_bytes=256e9,
     node_gpus=8,
     hbm_bytes_per_s=8e12,
-    peak_flops=_peaks(2250, 4500, mx=True),
+    peak_flops=_peaks(75, 2250, 4500, mx=True),
     nvlink_bytes_per_s=900e9,
     nvlink_domain=8,
     nic_bytes_per_s=50e9,
@@ -163,7 +167,7 @@ _B300 = Gpu(
     host_bytes=256e9,
     node_gpus=8,
     hbm_bytes_per_s=8e12,
-    peak_flops=_peaks(2250, 4500, mx=True),
+    peak_flops=_peaks(75, 2250, 4500, mx=True),
     nvlink_bytes_per_s=900e9,
     nvlink_domain=8,
     nic_bytes_per_s=100e9,
@@ -181,7 +185,7 @@ _GB200 = Gpu(
     host_bytes=240e9,
     node_gpus=4,
     hbm_bytes_per_s=8e12,
-    peak_flops=_peaks(2500, 5000, mx=True),
+    peak_flops=_peaks(80, 2500, 5000, mx=True),
     nvlink_bytes_per_s=900e9,
     nvlink_domain=72,
     nic_bytes_per_s=50e9,
@@ -199,7 +203,7 @@ _GB300 = Gpu(
     host_bytes=240e9,
     node_gpus=4,
     hbm_bytes_per_s=8e12,
-    peak_flops=_peaks(2500, 5000, mx=True),
+    peak_flops=_peaks(80, 2500, 5000, mx=True),
     nvlink_bytes_per_s=900e9,
     nvlink_domain=72,
     nic_bytes_per_s=100e9,

@@ -44,6 +44,8 @@ def _read(path: Path) -> Gpu:
         raise InputError(f"{path}: base={base} must be one of {', '.join(GPUS)}")
     gpu = GPUS[base]
     name = str(values.pop("name", path.stem))
+    if name in GPUS:
+        raise InputError(f"{path}: {name} is a kind that the planner knows; give this machine another name")
     peaks = _numbers(path, "peak_flops", values.pop("peak_flops", {}), dict(gpu.peak_flops))
     shares = _numbers(path, "efficiency", values.pop("efficiency", {}), dataclasses.asdict(gpu.efficiency))
     if max(shares.values()) > 1:

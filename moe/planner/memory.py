@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from moe.counts.counts import params_on_rank
+from moe.counts.weights import block_weights
 from moe.planner.activations import (
     Saved,
     graph_bytes,
+    join_saved,
     layer_saved,
     logits_bytes,
     workspace_bytes,
@@ -44,7 +47,7 @@ class StageMemory:
         dense: Saved by dense and shared feed-forwards.
         logits: Of the output head.
         graphs: Buffers of recorded launches.
-        workspace: Gradients of activations in the backward pass, and receive buffers.
+        workspace: Of the backward pass of one layer: what is computed again, and gradients of activations.
     """
 
     stage: int
@@ -121,9 +124,11 @@ def _memory(job: Job, stage: Stage, held: _Held, dense: Saved, moe: Saved) -> St
         field.name: of_dense * getattr(dense, field.name) + of_moe * getattr(moe, field.name)
         for field in fields(Saved)
     }
+    saved["norms"] += mtp * join_saved(job)
     logits = logits_bytes(job) * (1 + job.shape.mtp_layers) if stage.has_head else 0.0
     layers = stage.dense_layers + stage.moe_layers + mtp
-    backward = (1 + ahead) * workspace_bytes(job)
+    kinds = [True] * (stage.dense_layers > 0) + [False] * (stage.moe_layers + mtp > 0)
+    backward = (1 + ahead) * max((workspace_bytes(job, dense=kind) for kind in kinds), default=0.0)
     # Muon gathers its momenta when all that was saved is gone.
     update = held.momenta - sum(saved.values()) - logits
     return StageMemory(
@@ -148,10 +153,20 @@ def _states(job: Job, stage: Stage) -> dict[str, float]:
     # fp32 weights are their own main copy.
     states = held[1] * (2 * moment + (0 if is_fp32 else 4))
     return {
-        "weights": held[3] * _weight_bytes(job),
+        "weights": held[3] * _weight_bytes(job) + _gathered_layer(job, stage),
         "gradients": held[2] * (4 if is_fp32 or job.plan.grads == "fp32" else 2),
         "optimizer": states - (_matrices(job, stage) * moment if job.muon else 0),
     }
+
+
+def _gathered_layer(job: Job, stage: Stage) -> float:
+    """ZeRO-3 gathers the weights of a layer while it computes; of the largest."""
+    if job.zero < 3:
+        return 0.0
+    layout, kinds = job.layout, {True: stage.dense_layers, False: stage.moe_layers}
+    weights = [block_weights(job.shape, dense=dense) for dense, layers in kinds.items() if layers]
+    held = [sum(params_on_rank(one, tp=layout.tp, expert_ranks=layout.expert_ranks)) for one in weights]
+    return max(held, default=0) * _weight_bytes(job)
 
 
 def _matrices(job: Job, stage: Stage) -> float:

@@ -68,11 +68,13 @@ def muon_update(job: Job, stage: Stage) -> Update:
         return Update()
     layout, wide = job.layout, job.wide_bytes
     dense, experts = _held(job, stage)
+    dense_replicas, expert_replicas = (layout.dense_replicas, layout.edp) if job.zero else (1, 1)
+    dense_momenta_bytes, expert_momenta_bytes = momenta_bytes(job, stage)
     # Of dense matrices each rank that splits one has a part; of experts E / ep whole or split ones.
     shares = {
-        "tp": (layout.dense_replicas, dense, layout.tp),
-        "whole": (layout.dense_replicas, dense, 1),
-        "expert": (layout.edp, experts, layout.etp),
+        "tp": (dense_replicas, dense, layout.tp),
+        "whole": (dense_replicas, dense, 1),
+        "expert": (expert_replicas, experts, layout.etp),
     }
     gathered = {"tp": 0.0, "whole": 0.0, "expert": 0.0}
     flops = 0.0
@@ -83,8 +85,8 @@ def muon_update(job: Job, stage: Stage) -> Update:
         gathered[parameter.split] += touched * parameter.numel * wide
         flops += touched * parameter.flops
     return Update(
-        dense_momenta_bytes=dense * wide,
-        expert_momenta_bytes=experts * wide,
+        dense_momenta_bytes=dense_momenta_bytes,
+        expert_momenta_bytes=expert_momenta_bytes,
         dense_matrices_bytes=gathered["tp"],
         expert_matrices_bytes=gathered["expert"],
         flops=flops,
@@ -92,8 +94,8 @@ def muon_update(job: Job, stage: Stage) -> Update:
 
 
 def momenta_bytes(job: Job, stage: Stage) -> tuple[float, float]:
-    """(dense, expert) momenta that are gathered whole, one buffer after the other; nothing under AdamW."""
-    if not job.muon:
+    """(dense, expert) momenta that are gathered whole, one after the other; none if no states are shared."""
+    if not job.muon or job.zero == 0:
         return 0.0, 0.0
     dense, experts = _held(job, stage)
     return dense * job.wide_bytes, experts * job.wide_bytes

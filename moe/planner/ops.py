@@ -13,10 +13,9 @@ from typing import Literal
 
 from moe.counts.counts import attention_products
 from moe.counts.shape import Shape
-from moe.planner.activations import attention_weights, materialises_attention
+from moe.planner.activations import EIGHT_BITS, QUANTISED_BYTES, attention_weights, materialised_share
 from moe.planner.settings import Job
 
-EIGHT_BITS = ("fp8", "mxfp8")
 # Bytes moved for a logit, forward and backward. In place: read and written in 16 bits. Fused: a copy in
 # fp32 is made, exponentiated and read. Unfused: maximum, difference, exponential, sum and gradient are
 # passes of fp32.
@@ -139,7 +138,6 @@ def _linear(
     kernels = groups if job.plan.kernels == "te" else 1  # unfused, each expert has its own
     operand = 1 if fp8 else wide
     weight = groups * K * N
-    gradient = 4 if job.plan.grads == "fp32" else 2
     gemm = Op(
         name=name,
         kind="gemm",
@@ -147,8 +145,10 @@ def _linear(
         flops=2 * M * N * K,
         bytes=operand * (M * K + weight) + wide * M * N,
         backward_flops=4 * M * N * K,
-        # Input gradient: dY, W in, dX out. Weight gradient: dY, X in, accumulated into the gradient buffer.
-        backward_bytes=operand * (2 * M * N + weight + M * K) + wide * M * K + 2 * gradient * weight,
+        # Input gradient: dY, W in, dX out. Weight gradient: dY, X in.
+        backward_bytes=operand * (2 * M * N + weight + M * K)
+        + wide * M * K
+        + weight * _gradient_bytes(job, of_experts=of_experts, fp8=fp8),
         launches=kernels,
         backward_launches=2 * kernels,
         of_experts=of_experts,
@@ -160,7 +160,23 @@ def _linear(
     forward, backward = M * K * per_number, M * N * per_number
     passes = kernels * (2 if precision == "fp8" else 1)
     quantize = _memory(f"quantize {name}", part, forward, backward, launches=passes, backward_launches=passes)
-    return [gemm, replace(quantize, of_experts=of_experts)]
+    ops = [gemm, replace(quantize, of_experts=of_experts)]
+    if not job.plan.is_te:
+        # Read, written in 8 bits with scales: along one dimension forward, along the other backward.
+        moved = weight * (wide + QUANTISED_BYTES)
+        ops.append(_memory(f"quantize weights of {name}", part, moved, moved, backward_launches=1))
+    return ops
+
+
+def _gradient_bytes(job: Job, *, of_experts: bool, fp8: bool) -> int:
+    """Bytes moved to accumulate the gradient of a weight.
+
+    Transformer Engine's products and those of our wide experts add to the gradient buffer. All else writes a
+    gradient of its own, which is read and added.
+    """
+    gradient = 4 if job.plan.grads == "fp32" else 2
+    adds = job.plan.is_te or (of_experts and not fp8)
+    return 2 * gradient + (0 if adds else 2 * job.wide_bytes)
 
 
 def _quantize_bytes(job: Job, precision: str) -> float:
@@ -186,30 +202,42 @@ def _attention_ops(job: Job) -> Iterator[Op]:
     attention, T, tp = job.shape.attention, job.tokens, job.layout.tp
     D, H = job.shape.hidden_size, attention.num_heads / tp
     groups = attention.num_groups / tp
-    wide = job.wide_bytes
+    wide, all_keys = job.wide_bytes, job.key_ranks
     if attention.is_latent:
         yield from _latent_ops(job)
     else:
         qkv = H * attention.qk_dim + groups * (attention.qk_dim + attention.v_dim)
         yield from _linear(job, "qkv", T, qkv, D)
-    q_and_k = T * (H + groups) * attention.qk_dim * wide
+    # Keys of grouped attention travel once they are rotated, compressions of latent attention before.
+    q_and_k = T * (H + groups * (all_keys if attention.is_latent else 1)) * attention.qk_dim * wide
     passes = 2 + (attention.qk_norm != "none")  # split to contiguous heads, rotate, norm
     yield _memory(
         "rotate and norm heads",
-        "mla_up_proj" if attention.is_latent else "",
+        "mla_up_proj" if attention.is_latent else "" if job.plan.is_te else "core_attn",
         2 * passes * q_and_k,
         3 * passes * q_and_k,
         launches=2 * passes,
         backward_launches=2 * passes,
     )
-    yield from _materialised_ops(job) if materialises_attention(job) else [_fused_attention(job)]
+    share = materialised_share(job)
+    if share < 1:
+        yield _fused_attention(job, 1 - share)
+    if share > 0:
+        yield from _materialised_ops(job, share)
     yield from _linear(job, "attention out", T, D, H * attention.v_dim)
 
 
-def _fused_attention(job: Job) -> Op:
-    """Two products forward, five backward: the query-key product is computed again (arXiv 2205.14135)."""
-    attention = job.shape.attention
-    products = attention_products(job.shape, job.seq_length) / _layers(job.shape) * job.tokens / job.layout.tp
+def _fused_attention(job: Job, share: float) -> Op:
+    """Two products forward, five backward: the query-key product is computed again (arXiv 2205.14135).
+
+    Args:
+        job: For sizes.
+        share: Of the layers; the others make their weights, so those here see all positions.
+    """
+    attention, shape = job.shape.attention, job.shape
+    if share < 1:
+        shape = replace(shape, attention=replace(attention, window=0))
+    products = share * attention_products(shape, job.seq_length) / _layers(shape) * job.tokens / job.layout.tp
     return Op(
         name="attention",
         kind="attention",
@@ -221,9 +249,9 @@ def _fused_attention(job: Job) -> Op:
     )
 
 
-def _materialised_ops(job: Job) -> Iterator[Op]:
-    """The whole square of every head, masked afterwards, in fp32."""
-    attention, weights = job.shape.attention, job.tokens * attention_weights(job)
+def _materialised_ops(job: Job, share: float) -> Iterator[Op]:
+    """The whole square of every head, masked afterwards, in fp32; in a share of the layers."""
+    attention, weights = job.shape.attention, share * job.tokens * attention_weights(job)
     flops = 2 * weights * (attention.qk_dim + attention.v_dim)
     yield Op(
         name="attention",
@@ -250,12 +278,12 @@ def _latent_ops(job: Job) -> Iterator[Op]:
     if attention.q_lora_rank:
         yield from _linear(job, "q down", T / tp, attention.q_lora_rank, D)
     yield from _linear(job, "kv down", T / tp, attention.kv_lora_rank + attention.rope_dim, D)
-    compressed = T / tp * (attention.q_lora_rank + attention.kv_lora_rank) * wide
-    yield _memory("latent norms", "", 2 * compressed, 4 * compressed, launches=2, backward_launches=4)
+    compressed = T / tp * (attention.q_lora_rank + attention.kv_lora_rank * job.key_ranks) * wide
     up = "mla_up_proj"
+    yield _memory("latent norms", up, 2 * compressed, 4 * compressed, launches=2, backward_launches=4)
     yield from _linear(job, "q up", T, H * attention.qk_dim, attention.q_lora_rank or D, part=up)
     kv = attention.qk_dim - attention.rope_dim + attention.v_dim
-    yield from _linear(job, "kv up", T, H * kv, attention.kv_lora_rank, part=up)
+    yield from _linear(job, "kv up", T * job.key_ranks, H * kv, attention.kv_lora_rank, part=up)
 
 
 def _dense_ops(job: Job) -> Iterator[Op]:
@@ -290,23 +318,14 @@ def _moe_ops(job: Job) -> Iterator[Op]:
     D, E, wide = shape.hidden_size, shape.num_experts, job.wide_bytes
     local = T / layout.tp
     rows = local * shape.top_k
-    yield Op(
-        name="router",
-        kind="gemm",
-        part="router",
-        flops=2 * local * D * E,
-        bytes=local * (D * wide + E * 4),
-        backward_flops=4 * local * D * E,
-        backward_bytes=2 * local * (D * wide + E * 4),
-        launches=3,
-    )
+    yield _router_op(job, local)
     index = _memory("top-k and index", "router", local * E * 16, local * E * 12, launches=8)
     yield replace(index, backward_launches=6)
     # Rows are sorted by destination and, on arrival, by expert. A fused dispatcher does the first, and our
     # experts the second: they gather as they multiply.
     sorts = 1 if job.plan.dispatcher in ("deepep", "hybridep") or layout.ep == 1 else 2
     sorts -= 0 if job.plan.is_te else 1
-    row_bytes = rows * D * wide
+    row_bytes = rows * layout.etp * D * wide
     moved = 2 * sorts * row_bytes
     permute = _memory("permute", "", moved, moved, launches=3 * sorts, backward_launches=sorts)
     yield replace(permute, of_experts=True)
@@ -320,16 +339,34 @@ def _moe_ops(job: Job) -> Iterator[Op]:
         of_experts=True,
     )
     if shape.expert_bias:
-        yield _bias_op(job, rows)
+        yield _bias_op(job, rows * layout.etp)
     yield _memory("combine", "", (sorts + 1) * row_bytes, (sorts + 1) * row_bytes, launches=2 * sorts)
     if shape.shared_hidden_size:
         width = shape.shared_hidden_size / layout.tp
         yield from _swiglu(job, "shared expert", T, width, part="shared_experts")
 
 
+def _router_op(job: Job, tokens: float) -> Op:
+    """A product in fp32, for which ours makes a copy of its input, forward and backward."""
+    D, E, wide = job.shape.hidden_size, job.shape.num_experts, job.wide_bytes
+    copied = 2 * 4 if wide == 2 and not job.plan.is_te else 0
+    return Op(
+        name="router",
+        kind="gemm",
+        part="router",
+        flops=2 * tokens * D * E,
+        bytes=tokens * (D * (wide + copied) + E * 4),
+        backward_flops=4 * tokens * D * E,
+        backward_bytes=tokens * (D * (2 * wide + copied) + 2 * E * 4),
+        launches=3,
+        precision="bf16" if job.plan.is_te and job.precision != "fp32" else "fp32",
+    )
+
+
 def _bias_op(job: Job, rows: float) -> Op:
     """Biases of experts and the clamps that go with them; fused, only sums of gradients read rows again."""
-    outputs, hidden = rows * job.shape.hidden_size, rows * 2 * job.shape.expert_hidden_size
+    hidden_size = job.shape.expert_hidden_size / job.layout.etp
+    outputs, hidden = rows * job.shape.hidden_size, rows * 2 * hidden_size
     if job.plan.kernels == "te":
         forward, backward = (
             outputs * bias + hidden * clamp

@@ -46,6 +46,7 @@ class Plan:
         energy: Of a step.
         campaign: Of the whole run.
         site: Where.
+        engine: Of engine.name.
     """
 
     job: Job
@@ -54,6 +55,7 @@ class Plan:
     energy: Energy
     campaign: Campaign
     site: Site
+    engine: str = "megatron"
 
     @property
     def fullest(self) -> StageMemory:
@@ -66,8 +68,13 @@ class Plan:
         return max(0, round(self.fullest.needed_bytes - self.job.gpu.memory_bytes))
 
     @property
-    def save_bytes(self) -> float:
-        """Memory of a host that a checkpoint takes while it is written, on a node of the fullest stage."""
+    def save_bytes(self) -> float | None:
+        """Memory of a host that a checkpoint takes while it is written, on a node of the fullest stage.
+
+        That is how the Megatron engine saves; None under another one.
+        """
+        if self.engine != "megatron":
+            return None
         ranks = min(self.job.gpu.node_gpus, self.job.layout.gpus)
         held = (sum(held_params(self.job, stage)) for stage in stages_of(self.job))
         return ranks * host_bytes(max(held))
@@ -89,7 +96,7 @@ class Plan:
         return max(causes, key=causes.__getitem__)
 
 
-def make_plan(job: Job, steps: int, site: Site | None = None) -> Plan:
+def make_plan(job: Job, steps: int, site: Site | None = None, *, engine: str = "megatron") -> Plan:
     """Plan `steps` steps of a job at a site."""
     site = site or Site()
     time = step_time(job)
@@ -101,6 +108,7 @@ def make_plan(job: Job, steps: int, site: Site | None = None) -> Plan:
         energy=energy,
         campaign=campaign(job, steps, time.step_s, energy, site),
         site=site,
+        engine=engine,
     )
 
 
@@ -137,7 +145,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "attack": f"{plan.attack}: {ADVICE[plan.attack]}",
         "fits": plan.short_bytes == 0,
         "short_bytes": plan.short_bytes,
-        "save_host_gib_per_node": plan.save_bytes / GIB,
+        "save_host_gib_per_node": None if plan.save_bytes is None else plan.save_bytes / GIB,
         "host_gib_per_node": plan.host_bytes / GIB,
         "memory_gib_by_stage": [
             {"stage": stage.stage, **{name: value / GIB for name, value in stage.parts.items()}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -93,6 +93,14 @@ def validation_text(comparisons: Sequence[Comparison], rows: Sequence[Row]) -> s
     }
     lines = [f"{row.id}: not rerun, {row.missing}" for row in rows if row.missing]
     lines += [f"{one.row.id}: assumes {one.row.assumes}" for one in comparisons if one.row.assumes]
+    lines += [
+        f"{one.row.id}: row {one.row.repeats} in another release" for one in comparisons if one.row.repeats
+    ]
+    lines += [
+        f"{one.row.id}: ran, but is short by {one.short_gib:.1f} GiB here"
+        for one in comparisons
+        if one.short_gib
+    ]
     lines += [_summary_line(kind, alike) for kind, alike in kinds.items() if alike]
     tables = [_comparison_table(kind, alike) for kind, alike in kinds.items() if alike]
     return "\n".join([render(*tables), *lines])
@@ -120,7 +128,7 @@ def _summary_line(kind: str, comparisons: Sequence[Comparison]) -> str:
     median, worst = numbers["step_median_abs_error"], numbers["step_worst_abs_error"]
     text = f"{numbers['rows']:.0f} {kind}: step time median |error| {median:.1%}, worst {worst:.1%}"
     memory = numbers["memory_worst_abs_error"]
-    return f"{text}; memory worst {memory:.1%}" if memory else text
+    return text if memory is None else f"{text}; memory worst {memory:.1%}"
 
 
 def render(*parts: Any) -> str:
@@ -199,7 +207,7 @@ def _campaign_table(plan: Plan) -> Table:
 
 
 def _verdict(plan: Plan) -> str:
-    lines = [f"Attack next: {ADVICE[plan.attack]}.", _host_line(plan)]
+    lines = [f"Attack next: {ADVICE[plan.attack]}.", *_host_lines(plan)]
     if plan.short_bytes:
         lines.append(
             f"DOES NOT FIT: short by {plan.short_bytes:,} bytes on each GPU of stage {plan.fullest.stage}."
@@ -207,13 +215,16 @@ def _verdict(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _host_line(plan: Plan) -> str:
+def _host_lines(plan: Plan) -> Iterator[str]:
     """A save gathers the optimizer state of all that a rank holds in the memory of its host."""
+    if plan.save_bytes is None:
+        return
     needed, there = plan.save_bytes / GIB, plan.host_bytes / GIB
     text = f"A checkpoint takes {needed:,.1f} GiB of memory on each host while it is written"
     if needed <= there:
-        return f"{text}, of {there:,.0f} GiB."
-    return f"{text}, MORE THAN ITS {there:,.0f} GiB: use a larger parallel.pp, parallel.ep or parallel.tp."
+        yield f"{text}, of {there:,.0f} GiB."
+    else:
+        yield f"{text}, MORE THAN ITS {there:,.0f} GiB: use a larger parallel.pp, parallel.ep or parallel.tp."
 
 
 def _change(value: float, before: float) -> str:

@@ -8,10 +8,12 @@ from itertools import product
 from typing import Any, Literal
 
 from moe.config.rules import violations
+from moe.config.schema import RunConfig
 from moe.errors import InputError
+from moe.planner.layout import Layout
 from moe.planner.memory import GIB, memory_of_stages
 from moe.planner.plan import Plan, make_plan
-from moe.planner.settings import Job, PlanConfig, check
+from moe.planner.settings import Job, check
 from moe.planner.site import Site
 
 Objective = Literal["time", "tokens_per_j"]
@@ -41,11 +43,12 @@ class Found:
     Attributes:
         best: The winner.
         overrides: It as overrides for `moe train` and `moe plan`.
-        front: Layouts that no other beats in time, tokens per joule and memory at once, best first.
+        front: Layouts that no other beats in time, tokens per joule and memory at once, best first; without
+            those that are refused, unless all are.
         tried: Layouts that divide evenly.
         fitting: Those of them that fit in memory.
         neighbours: Changes of one axis.
-        refused: Rules of `moe train` that the layout breaks today.
+        refused: Why `moe train` does not take the layout today; empty if any layout that fits is taken.
     """
 
     best: Plan
@@ -57,8 +60,10 @@ class Found:
     refused: tuple[str, ...]
 
 
-def search(config: PlanConfig, base: Job, *, site: Site, objective: Objective = "time") -> Found:
-    """Try every layout of `base`'s GPUs; the other assumptions stay.
+def search(config: RunConfig, base: Job, *, site: Site, objective: Objective = "time") -> Found:
+    """Try every layout of `base`'s GPUs, its own among them; the other assumptions stay.
+
+    Layouts that `moe train` refuses, or whose save a host cannot hold, come after all others.
 
     Raises:
         InputError: No layout divides evenly, or none fits; the text says how many bytes are missing.
@@ -72,25 +77,31 @@ def search(config: PlanConfig, base: Job, *, site: Site, objective: Objective = 
     steps = config.train.steps
     fitting = [job for job in jobs if _short_bytes(job) <= 0]
     if not fitting:
-        raise InputError(_nothing_fits(jobs))
-    plans = [make_plan(job, steps, site) for job in fitting]
-    plans.sort(key=_merit(objective))
-    best = plans[0]
+        raise InputError(_nothing_fits(config, jobs))
+    plans = [make_plan(job, steps, site, engine=config.engine.name) for job in fitting]
+    taken = [plan for plan in plans if not _refused(config, plan)] or plans
+    taken.sort(key=_merit(objective))
+    best = taken[0]
     return Found(
         best=best,
-        overrides=as_overrides(best.job),
-        front=tuple(_front(plans))[:FRONT_LENGTH],
+        overrides=as_overrides(config, best.job),
+        front=tuple(_front(taken))[:FRONT_LENGTH],
         tried=len(jobs),
         fitting=len(fitting),
-        neighbours=tuple(_neighbours(best, objective, site, steps)),
-        refused=tuple(_refused(config, best.job)),
+        neighbours=tuple(_neighbours(config, best, objective)),
+        refused=_refused(config, best),
     )
 
 
-def as_overrides(job: Job) -> tuple[str, ...]:
-    """The layout as `moe train` takes it: every key that a recipe may have set otherwise."""
+def as_overrides(config: RunConfig, job: Job) -> tuple[str, ...]:
+    """The layout as `moe train` takes it: every key that a recipe may have set otherwise.
+
+    Evaluation must fill the ranks as a step does: where the recipe's would not, it is made longer.
+    """
     layout = job.layout
     stages = ",".join(map(str, job.stage_layers))
+    evaluated = _eval_sequences(config, job)
+    longer = () if evaluated == config.train.eval_sequences else (f"train.eval_sequences={evaluated}",)
     return (
         f"parallel.tp={layout.tp}",
         f"parallel.pp={layout.pp}",
@@ -100,20 +111,37 @@ def as_overrides(job: Job) -> tuple[str, ...]:
         f"parallel.etp={layout.etp}",
         f"parallel.cp={layout.cp}",
         f"train.micro_batch_size={job.micro_batch}",
+        *longer,
     )
+
+
+def _eval_sequences(config: RunConfig, job: Job) -> int:
+    """Those of the recipe, or as many more as fill every rank, and every round of a pipeline with chunks."""
+    layout = job.layout
+    # A neighbour may ask for more ranks than there are.
+    whole = job.micro_batch * max(1, layout.dp) * (layout.pp if layout.vpp > 1 else 1)
+    return -(-config.train.eval_sequences // whole) * whole
 
 
 def _candidates(base: Job) -> Iterator[Job]:
     gpus, shape = base.layout.gpus, base.shape
+    if not check(base):
+        yield base  # as the recipe has it
     for tp in TENSOR:
         for pp in _divisors(gpus // tp if gpus % tp == 0 else 0, most=shape.num_layers):
             for ep in _divisors(shape.num_experts, most=gpus):
                 for vpp, micro in product(CHUNKS if pp > 1 else (1,), MICRO_BATCHES):
                     layout = replace(base.layout, tp=tp, pp=pp, vpp=vpp, ep=ep)
-                    # A split of layers over chunks fits one number of them only.
-                    job = replace(base, layout=layout, micro_batch=micro, stage_layers=())
-                    if not check(job):
-                        yield job
+                    for split in _splits(base, layout):
+                        job = replace(base, layout=layout, micro_batch=micro, stage_layers=split)
+                        if job != base and not check(job):
+                            yield job
+
+
+def _splits(base: Job, layout: Layout) -> set[tuple[int, ...]]:
+    """The balanced split of layers, and the recipe's own for as many chunks as it is for."""
+    same = (layout.pp, layout.vpp) == (base.layout.pp, base.layout.vpp)
+    return {(), base.stage_layers} if same else {()}
 
 
 def _divisors(number: int, *, most: int) -> list[int]:
@@ -125,12 +153,12 @@ def _short_bytes(job: Job) -> float:
     return needed - job.gpu.memory_bytes
 
 
-def _nothing_fits(jobs: list[Job]) -> str:
+def _nothing_fits(config: RunConfig, jobs: list[Job]) -> str:
     closest = min(jobs, key=_short_bytes)
-    short = round(_short_bytes(closest))
+    short, layout = round(_short_bytes(closest)), " ".join(as_overrides(config, closest))
     return (
         f"none of {len(jobs)} layouts fits on {closest.layout.gpus} {closest.gpu.name}: the nearest, "
-        f"{' '.join(as_overrides(closest))}, is short by {short:,} bytes ({short / GIB:.1f} GiB) a GPU; "
+        f"{layout}, is short by {short:,} bytes ({short / GIB:.1f} GiB) a GPU; "
         "use more GPUs, plan.recompute=[full], or plan.grads=bf16 plan.moments=bf16"
     )
 
@@ -156,29 +184,38 @@ def _front(plans: list[Plan]) -> Iterator[Plan]:
             yield plan
 
 
-def _neighbours(best: Plan, objective: Objective, site: Site, steps: int) -> Iterator[Neighbour]:
+def _neighbours(config: RunConfig, best: Plan, objective: Objective) -> Iterator[Neighbour]:
     job = best.job
     changes = [
-        replace(job, layout=replace(job.layout, **{axis: size}))
+        # A split of layers fits one number of chunks only.
+        replace(
+            job,
+            layout=replace(job.layout, **{axis: size}),
+            stage_layers=job.stage_layers if axis in ("tp", "ep") else (),
+        )
         for axis in ("tp", "pp", "vpp", "ep")
         for size in _near(getattr(job.layout, axis))
     ] + [replace(job, micro_batch=size) for size in _near(job.micro_batch)]
     for other in changes:
-        yield Neighbour(overrides=as_overrides(other), verdict=_verdict(best, other, objective, site, steps))
+        verdict = _verdict(config, best, other, objective)
+        yield Neighbour(overrides=as_overrides(config, other), verdict=verdict)
 
 
 def _near(size: int) -> list[int]:
     return [size * 2, *([size // 2] if size % 2 == 0 else [])]
 
 
-def _verdict(best: Plan, other: Job, objective: Objective, site: Site, steps: int) -> str:
+def _verdict(config: RunConfig, best: Plan, other: Job, objective: Objective) -> str:
     problems = check(other)
     if problems:
         return problems[0]
     short = round(_short_bytes(other))
     if short > 0:
         return f"short by {short:,} bytes of memory a GPU"
-    plan = make_plan(other, steps, site)
+    plan = make_plan(other, config.train.steps, best.site, engine=config.engine.name)
+    refused = _refused(config, plan)
+    if refused:
+        return refused[0]
     slower = plan.time.step_s / best.time.step_s - 1
     ours = best.time.spent.parts
     growth = {cause: seconds - ours[cause] for cause, seconds in plan.time.spent.parts.items()}
@@ -188,8 +225,9 @@ def _verdict(best: Plan, other: Job, objective: Objective, site: Site, steps: in
     return f"{lead}, most by {cause.removesuffix('_s')} ({growth[cause]:+.3g} s)"
 
 
-def _refused(config: PlanConfig, job: Job) -> Iterator[str]:
-    """What `moe train` would say to the layout, on as many ranks."""
+def _refused(config: RunConfig, plan: Plan) -> tuple[str, ...]:
+    """What `moe train` would say to the layout, on as many ranks; and that a host is too small for a save."""
+    job = plan.job
     values = dict(_leaves(config.model_dump(), ""))
     values |= {
         "parallel.tp": job.layout.tp,
@@ -200,9 +238,13 @@ def _refused(config: PlanConfig, job: Job) -> Iterator[str]:
         "parallel.cp": job.layout.cp,
         "parallel.stage_layers": job.stage_layers,
         "train.micro_batch_size": job.micro_batch,
+        "train.eval_sequences": _eval_sequences(config, job),
     }
-    for violation in violations(values, job.layout.gpus):
-        yield violation.message
+    reasons = tuple(violation.message for violation in violations(values, job.layout.gpus))
+    if plan.save_bytes is not None and plan.save_bytes > plan.host_bytes:
+        needed, there = plan.save_bytes / GIB, plan.host_bytes / GIB
+        reasons += (f"a checkpoint takes {needed:,.1f} GiB of each host's {there:,.0f} while it is written",)
+    return reasons
 
 
 def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -48,7 +48,7 @@ class PlanSection(Section):
         moments: Of Adam's two moments.
         zero: What data-parallel ranks share out: 0 nothing, 1 optimizer states, 2 gradients, 3 weights; None
             takes the engine's.
-        recompute: Parts computed again in the backward pass (arXiv 2205.05198); empty takes train.recompute.
+        recompute: Parts computed again in the backward pass (arXiv 2205.05198); None takes train.recompute.
         routing: natural loads experts unevenly; balanced is the upper bound that published tables use.
         dispatcher: alltoall sends a row for each expert, hierarchical one for each rank or node, deepep as
             many in fused kernels; None takes parallel.dispatcher.
@@ -69,7 +69,7 @@ class PlanSection(Section):
     grads: Literal["fp32", "bf16"] = "fp32"
     moments: Literal["fp32", "bf16"] = "fp32"
     zero: Literal[0, 1, 2, 3] | None = None
-    recompute: tuple[Recompute, ...] = ()
+    recompute: tuple[Recompute, ...] | None = None
     routing: Literal["natural", "balanced"] = "natural"
     dispatcher: Literal["alltoall", "hierarchical", "deepep", "hybridep"] | None = None
     overlap_ep: bool = False
@@ -149,6 +149,11 @@ class Job:
         return self.micro_batch * self.seq_length // self.layout.cp
 
     @property
+    def key_ranks(self) -> int:
+        """Context-parallel ranks whose keys and values a rank gathers; a ring passes them on (TE)."""
+        return 1 if self.plan.is_te else self.layout.cp
+
+    @property
     def wide_bytes(self) -> int:
         """Bytes of an activation, a weight or a message that is not quantised."""
         return 4 if self.precision == "fp32" else 2
@@ -177,7 +182,16 @@ def make_job(config: PlanConfig, gpus: int, gpu: Gpu) -> Job:
 
 
 def searched_job(config: PlanConfig, gpus: int, gpu: Gpu) -> Job:
-    """As make_job, with a layout that may not fit: a search starts from it."""
+    """As make_job, with a layout that may not fit: a search starts from it.
+
+    Raises:
+        InputError: The run moves states to the memory of hosts.
+    """
+    if config.engine.offload != "none":
+        raise InputError(
+            f"engine.offload={config.engine.offload} cannot be planned: the planner knows neither the links "
+            "to hosts nor their CPUs; plan with engine.offload=none, which needs more memory and less time"
+        )
     parallel = config.parallel
     plan = config.plan.model_copy(update={"dispatcher": config.plan.dispatcher or parallel.dispatcher})
     return Job(
@@ -200,7 +214,7 @@ def searched_job(config: PlanConfig, gpus: int, gpu: Gpu) -> Job:
         plan=plan,
         fp8_input_store=config.model.expert_fp8_input_store,
         stage_layers=parallel.stage_layers,
-        recompute=plan.recompute or _RECOMPUTED[config.train.recompute],
+        recompute=_RECOMPUTED[config.train.recompute] if plan.recompute is None else plan.recompute,
         zero=config.engine.zero_stage if plan.zero is None else plan.zero,
         overlap_grads=parallel.overlap_grad_reduce,
         overlap_params=parallel.overlap_param_gather,
@@ -230,7 +244,10 @@ def check(job: Job) -> list[str]:
             f"{job.num_microbatches} micro-batches are no multiple of parallel.pp={layout.pp}, as "
             f"parallel.vpp={layout.vpp} needs"
         )
-    for precision in sorted({job.precision, job.expert_precision} - job.gpu.peak_flops.keys()):
-        allowed = ", ".join(job.gpu.peak_flops)
-        problems.append(f"plan.precision={precision} is not of {job.gpu.name}; allowed: {allowed}")
+    keys = {job.expert_precision: "model.expert_precision", job.precision: "train.precision"}
+    for precision, key in keys.items():
+        if precision not in job.gpu.peak_flops:
+            allowed = ", ".join(job.gpu.peak_flops)
+            named = "plan.precision" if job.plan.precision else key
+            problems.append(f"{named}={precision} is not of {job.gpu.name}; allowed: {allowed}")
     return problems

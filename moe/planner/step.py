@@ -21,7 +21,10 @@ from moe.planner.bytes_sent import (
     exchange,
     exchanges,
     expert_tensor_gathers,
+    loss_gathers,
     pipeline_bytes,
+    replicated_gradients,
+    shared_embedding,
     tensor_gathers,
 )
 from moe.planner.imbalance import imbalance
@@ -121,7 +124,8 @@ class _Pass:
     backward_s: float = 0.0
     math_s: float = 0.0
     launch_cpu_s: float = 0.0
-    tp_s: float = 0.0
+    products_tp_s: float = 0.0  # feeds or follows products of layers
+    other_tp_s: float = 0.0
     ep_s: float = 0.0
 
     def __add__(self, other: _Pass) -> _Pass:
@@ -165,7 +169,8 @@ def _stage_passes(job: Job) -> list[_Pass]:
             ends += _ops_pass(job, head_ops(job))
             ends += _mtp_pass(job).times(job.shape.mtp_layers)
         group = collectives.tensor_group(job.layout, job.gpu)
-        ends += _Pass(tp_s=_gathers_s(job, end_gathers(job, stage), group))
+        gathers = (*end_gathers(job, stage), *loss_gathers(job, stage))
+        ends += _Pass(other_tp_s=_gathers_s(job, gathers, group))
         passes.append(dense.times(stage.dense_layers) + moe.times(stage.moe_layers) + ends)
     return passes
 
@@ -206,12 +211,12 @@ def _is_recomputed(job: Job, op: Op) -> bool:
 def _tensor_pass(job: Job, *, dense: bool) -> _Pass:
     """Sequence, expert-tensor and context parallelism of one layer."""
     layout, gpu = job.layout, job.gpu
-    exchanged = _gathers_s(job, tensor_gathers(job, dense=dense), collectives.tensor_group(layout, gpu))
+    of_products = _gathers_s(job, tensor_gathers(job, dense=dense), collectives.tensor_group(layout, gpu))
+    other = _gathers_s(job, (context_gathers(job),), collectives.context_group(layout, gpu))
     if not dense:
-        experts = expert_tensor_gathers(job)
-        exchanged += _gathers_s(job, experts, collectives.expert_tensor_group(layout, gpu))
-    exchanged += _gathers_s(job, (context_gathers(job),), collectives.context_group(layout, gpu))
-    return _Pass(tp_s=exchanged)
+        group = collectives.expert_tensor_group(layout, gpu)
+        other += _gathers_s(job, expert_tensor_gathers(job), group) * imbalance(job)
+    return _Pass(products_tp_s=of_products, other_tp_s=other)
 
 
 def _gathers_s(job: Job, gathers: tuple[Gathers, ...], group: collectives.Group) -> float:
@@ -226,12 +231,15 @@ def _expert_pass(job: Job) -> _Pass:
 
 
 def _overlapped(job: Job, one: _Pass) -> Spent:
-    """Causes of one micro-batch, with expert communication beside compute if asked for."""
+    """Causes of one micro-batch, with communication beside compute if asked for."""
     busy_s = one.forward_s + one.backward_s
-    hidden_s = min(job.gpu.efficiency.ep_hidden * one.ep_s, busy_s) if job.plan.overlap_ep else 0.0
-    exposed_s = one.ep_s - hidden_s * (1 - job.gpu.efficiency.ep_sms)
     # Of as many parts as ranks all but one travel beside the products of the others.
-    tp_s = max(one.tp_s / job.layout.tp, one.tp_s - busy_s) if job.plan.overlap_tp else one.tp_s
+    beside_s = one.products_tp_s * (1 - 1 / job.layout.tp)
+    hidden_tp_s = min(beside_s, busy_s) if job.plan.overlap_tp else 0.0
+    tp_s = one.products_tp_s - hidden_tp_s + one.other_tp_s
+    beside_s = job.gpu.efficiency.ep_hidden * one.ep_s
+    hidden_s = min(beside_s, busy_s - hidden_tp_s) if job.plan.overlap_ep else 0.0
+    exposed_s = one.ep_s - hidden_s * (1 - job.gpu.efficiency.ep_sms)
     return Spent(
         math_s=one.math_s,
         memory_s=busy_s - one.math_s,
@@ -264,11 +272,22 @@ def _update(job: Job, stage: Stage, microbatch_s: float) -> Spent:
     if job.zero == 3:  # weights are gathered forward and backward in every micro-batch, beside compute
         exposed_s = max(0.0, gather_s + reduce_s - beside_s * job.num_microbatches)
     else:
-        hidden_reduce_s = beside_s * BACKWARD_SHARE if job.overlap_grads else 0.0
+        reducing = job.num_microbatches if job.zero == 2 else 1
+        hidden_reduce_s = beside_s * BACKWARD_SHARE * reducing if job.overlap_grads else 0.0
         hidden_gather_s = beside_s * (1 - BACKWARD_SHARE) if job.overlap_params else 0.0
         exposed_s = max(0.0, reduce_s - hidden_reduce_s) + max(0.0, gather_s - hidden_gather_s)
-    adam = Spent(dp_s=exposed_s, optimizer_s=_optimizer_s(job, *held_params(job, stage)))
-    return adam + _muon(job, stage) if job.muon else adam
+    spent = Spent(dp_s=exposed_s, optimizer_s=_optimizer_s(job, *held_params(job, stage)))
+    spent += _replicas(job, stage)
+    return spent + _muon(job, stage) if job.muon else spent
+
+
+def _replicas(job: Job, stage: Stage) -> Spent:
+    """Gradients of weights that tensor-parallel ranks or two stages both hold: nothing runs beside it."""
+    layout, gpu = job.layout, job.gpu
+    tp_s = _gathers_s(job, (replicated_gradients(job, stage),), collectives.tensor_group(layout, gpu))
+    between_stages = layout.gpus // layout.pp * (layout.pp - 1)
+    pair = collectives.Group(size=2, near=2 if between_stages < gpu.nvlink_domain else 1)
+    return Spent(tp_s=tp_s, pp_s=_gathers_s(job, (shared_embedding(job, stage),), pair))
 
 
 def _muon(job: Job, stage: Stage) -> Spent:

@@ -1,7 +1,8 @@
 """The planner against published runs: every row is rerun through the same door as a user's plan.
 
 Errors are shown as they are. Nothing in the planner knows a row; tests/planner checks that. Constants were
-fitted to rows.yaml alone; runs of examined.yaml showed missing terms, those of held_out.yaml had no part.
+fitted to rows.yaml; runs of examined.yaml showed missing terms, and one of them chose a factor; those of
+held_out.yaml had no part.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Row:
         memory_gib: Measured peak; 0 if unpublished.
         missing: Why it cannot be planned.
         assumes: What its source does not state, and the overrides do.
+        repeats: Number of the fitted row with the same model, GPU, layout and precision; empty if none has.
         table: File that it is in.
     """
 
@@ -53,6 +55,7 @@ class Row:
     memory_gib: float = 0.0
     missing: str = ""
     assumes: str = ""
+    repeats: str = ""
     table: str = "rows"
 
 
@@ -66,6 +69,7 @@ class Comparison:
         measured_s: Its step.
         planned_s: The planner's.
         planned_gib: The planner's peak of the fullest rank.
+        short_gib: What a GPU lacks by the planner, context and slack included: 0 if it is right, as all ran.
     """
 
     row: Row
@@ -73,6 +77,7 @@ class Comparison:
     measured_s: float
     planned_s: float
     planned_gib: float
+    short_gib: float
 
     @property
     def step_error(self) -> float:
@@ -109,15 +114,16 @@ def compare_all() -> tuple[Comparison, ...]:
     return tuple(_compare(row) for row in published_rows() if not row.missing)
 
 
-def summary(comparisons: tuple[Comparison, ...]) -> dict[str, float]:
-    """Median and worst errors; of memory, 0 where no row has it."""
+def summary(comparisons: tuple[Comparison, ...]) -> dict[str, float | None]:
+    """Median and worst errors; of memory, None where no row has it."""
     steps = [abs(comparison.step_error) for comparison in comparisons]
     memory = [abs(error) for c in comparisons if (error := c.memory_error) is not None]
     return {
         "rows": len(steps),
         "step_median_abs_error": statistics.median(steps),
         "step_worst_abs_error": max(steps),
-        "memory_worst_abs_error": max(memory, default=0.0),
+        "memory_worst_abs_error": max(memory, default=None),
+        "do_not_fit": sum(comparison.short_gib > 0 for comparison in comparisons),
     }
 
 
@@ -126,12 +132,15 @@ def _compare(row: Row) -> Comparison:
     hardware = _folder() / f"{row.gpu}.yaml"
     job = make_job(config, row.gpus, find_gpu(str(hardware) if hardware.is_file() else row.gpu))
     speed = row.tokens_per_s_per_gpu * row.gpus
+    memory = memory_of_stages(job)
+    needed = max(stage.needed_bytes for stage in memory)
     return Comparison(
         row=row,
         job=job,
         measured_s=row.step_s or job.tokens_per_step / speed,
         planned_s=step_time(job).step_s,
-        planned_gib=max(stage.total_bytes for stage in memory_of_stages(job)) / GIB,
+        planned_gib=max(stage.total_bytes for stage in memory) / GIB,
+        short_gib=max(0.0, needed - job.gpu.memory_bytes) / GIB,
     )
 
 

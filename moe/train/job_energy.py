@@ -29,7 +29,13 @@ from moe.metering.energy import (
     Validity,
 )
 from moe.metering.estimate import PowerModel, server_power_model
-from moe.metering.over_machines import node_level, spread_of, sum_of_checks, too_coarse
+from moe.metering.over_machines import (
+    node_level,
+    spread_of,
+    steps_of_starts,
+    sum_of_checks,
+    too_coarse,
+)
 from moe.metering.report import Energy
 from moe.metering.trace_file import TRACE_FOLDER, TraceWriter
 from moe.ranks import on_every_rank
@@ -65,6 +71,8 @@ class JobEnergy:
         source, boundary, description, idle_w: As a meter's; the weakest machine speaks for the sum.
         validity: Of all that was read so far.
         node_j: What instruments of whole machines have counted, at the last read; NaN without them.
+        step_j, node_step_j: Largest steps of operators' counters at the last read, summed over machines, for
+            `report` of a later start; 0 without such a counter, infinite where one has not moved.
         num_gpus, num_machines: Of this start.
     """
 
@@ -116,21 +124,23 @@ class JobEnergy:
         self._node_failed = False
         self.validity: Validity = "unchecked"
         self.node_j = math.nan if self._opened[0].node is None else 0.0
+        self.step_j = self.node_step_j = 0.0
 
     def read_j(self) -> float:
         """Joules since opening, over all machines; NaN from the moment that a meter failed.
 
         Waits for no work of a GPU: the step before it has given its loss to the host.
         """
+        steps_j = [_step_j(self._meter), _step_j(self._node_meter)]
         invalid = len({item.boundary for item in self._opened}) > 1
         unchecked = False
         if self._meter is not None:
             validity = self._meter.audit().validity
             invalid, unchecked = invalid or validity == "invalid", validity == "unchecked"
-        sums = [self._read_meter(), self._read_node(), float(invalid), float(unchecked)]
+        sums = [self._read_meter(), self._read_node(), float(invalid), float(unchecked), *steps_j]
         total = torch.tensor(sums, dtype=torch.float64, device=self._device)
         dist.all_reduce(total)
-        energy_j, node_j, num_invalid, num_unchecked = total.tolist()
+        energy_j, node_j, num_invalid, num_unchecked, self.step_j, self.node_step_j = total.tolist()
         self.node_j = node_j if self._opened[0].node is not None else math.nan
         level = 2 if num_invalid or math.isnan(energy_j) else int(num_unchecked > 0)
         self.validity = VALIDITIES[level]
@@ -143,7 +153,7 @@ class JobEnergy:
         wall_s: float | None = None,
         node_j: float | None = None,
         problem: str | None = None,
-        starts: int = 1,
+        earlier_steps_j: Sequence[tuple[float, float]] = (),
         sizes: Collection[tuple[int | None, int | None]] = (),
     ) -> Energy:
         """The energy part of report.json.
@@ -154,11 +164,13 @@ class JobEnergy:
                 None is since opening.
             node_j: joules of whole machines over all starts, where they are measured.
             problem: why the sum over all starts is not to be quoted.
-            starts: of the run.
+            earlier_steps_j: step_j and node_step_j of each earlier start; NaN where they were not kept.
             sizes: GPUs and machines of the starts; where they differ, what is added for each GPU is unknown.
         """
         closing = [item for item in on_every_rank(self._close_here) if item is not None]
-        problem = problem or too_coarse(starts * sum(item.step_j for item in closing), total_j)
+        last_j = (sum(item.step_j for item in closing), sum(item.node_step_j for item in closing))
+        unsure_j, node_unsure_j = map(steps_of_starts, zip(*earlier_steps_j, last_j, strict=True))
+        problem = problem or too_coarse(unsure_j, total_j)
         audit = self._audit([item.audit for item in closing], total_j, problem)
         inner = Level(
             boundary=self.boundary,
@@ -179,8 +191,7 @@ class JobEnergy:
         )
         nodes = [item.node for item in closing if item.node is not None]
         node_j = self.node_j if node_j is None else node_j
-        unsure_j = starts * sum(item.node_step_j for item in closing)
-        node = node_level(self._opened[0].node, nodes, node_j, unsure_j=unsure_j)
+        node = node_level(self._opened[0].node, nodes, node_j, unsure_j=node_unsure_j)
         return Energy(
             source=self.source,
             boundary=self.boundary,
@@ -251,14 +262,15 @@ class JobEnergy:
         if self._meter is None:
             return None
         meter, node_meter = self._meter, self._node_meter
+        # Steps before audits: a meter that fails in between is 0 joules unsure only where its audit says so.
+        step_j, node_step_j = _step_j(meter), _step_j(node_meter)
         node = None if node_meter is None else node_meter.audit()
-        node_step_j = _step_j(node_meter)
         try:
             reading = meter.read()
         except EnergyMeterError as error:
             failure = self.failure or str(error)
             return _Closing(Audit(validity="invalid", detail=failure), (), node, 0.0, node_step_j)
-        return _Closing(meter.audit(), _told_apart(reading, meter), node, _step_j(meter), node_step_j)
+        return _Closing(meter.audit(), _told_apart(reading, meter), node, step_j, node_step_j)
 
     def _audit(self, audits: Sequence[Audit], total_j: float, problem: str | None) -> Audit:
         boundaries = {item.boundary for item in self._opened}

@@ -234,6 +234,8 @@ def energy_record(progress: Progress, energy: JobEnergy) -> dict[str, Any]:
         "energy_boundary": energy.boundary,
         "energy_validity": validity,
         **({"node_j": _finite(progress.node_j)} if math.isfinite(energy.node_j) else {}),
+        **({"counter_step_j": _finite(energy.step_j)} if energy.step_j else {}),
+        **({"node_counter_step_j": _finite(energy.node_step_j)} if energy.node_step_j else {}),
     }
 
 

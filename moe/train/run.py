@@ -325,7 +325,7 @@ def make_report(
         wall_s=progress.wall_s,
         node_j=progress.node_j,
         problem=starts.problem,
-        starts=starts.number,
+        earlier_steps_j=starts.steps_j[:-1],
         sizes=starts.sizes,
     )
     quotable = progress.energy_j > 0 and spent.validity != "invalid"

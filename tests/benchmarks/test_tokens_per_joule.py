@@ -6,8 +6,9 @@ import json
 import math
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ import pytest
 import torch
 from train_runs import REPOSITORY, TINY, environment
 
+from benchmarks import bench_tokens_per_joule
 from benchmarks.ab_statistics import compare, mean_interval, student_t
-from benchmarks.bench_tokens_per_joule import parse
+from benchmarks.bench_tokens_per_joule import measure, parse
 from benchmarks.forced_balance import forced_balance
 from benchmarks.joules_to_loss import TargetWatch
 from benchmarks.peak_flop_per_joule import gpu_of, of_peak, precisions_in_use
@@ -328,6 +330,37 @@ def test_power_caps_need_the_flag(capsys):
     with pytest.raises(SystemExit):
         parse(["x", "--power-caps", "500", "--allow-power-changes", "--repeats", "0", "--target-loss", "3"])
     assert "--repeats 0 leaves none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_caps_that_are_not_allowed_are_refused_on_every_rank_before_training(monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    args = parse(
+        [str(REPOSITORY / "configs" / "quickstart.yaml"), "--power-caps", "5", "--allow-power-changes"]
+    )
+    args.allow_power_changes = False
+    with pytest.raises(InputError, match="ask for it with --allow-power-changes"):
+        measure(args)
+
+
+def test_what_to_run_after_a_kill_is_said_once(monkeypatch):
+    @contextmanager
+    def capped(_nvml, _uuids, _watts, *, allowed, note):
+        assert allowed
+        note("if this process is killed, run: ...")
+        yield
+
+    said = []
+    monkeypatch.setattr(bench_tokens_per_joule, "_note", said.append)
+    monkeypatch.setattr(bench_tokens_per_joule, "power_capped", capped)
+    monkeypatch.setattr(bench_tokens_per_joule, "open_nvml", nullcontext)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid="a"))
+    cap = bench_tokens_per_joule._capping(allowed=True)
+    for watts in (500, 500, 600):
+        with cap(watts):
+            pass
+    assert said == ["if this process is killed, run: ..."]
 
 
 def test_a_cap_goes_back_before_the_engine_closes(monkeypatch):

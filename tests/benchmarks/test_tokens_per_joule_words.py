@@ -219,7 +219,7 @@ def session(notes: list[str]) -> Session:
 def test_no_evaluation_falls_into_a_window(monkeypatch):
     trained_with = []
 
-    def train_watched(config, *_):
+    def train_watched(config, *_, **__):
         trained_with.append(config.train.eval_interval)
 
     monkeypatch.setattr(tokens_per_joule_legs, "train_watched", train_watched)

@@ -40,7 +40,17 @@ BROKEN = {
     "parts of experts in 8 bits": (
         ["parallel.etp=2", "model.expert_hidden_size=384", "model.expert_precision=fp8"],
         2,
-        ["parallel.etp=2", "multiples of 128", "model.expert_precision=fp8", "allowed: 1, 3"],
+        ["parallel.etp=2", "multiples of 128", "kernels of model.expert_precision=fp8", "allowed: 1, 3"],
+    ),
+    "sizes of experts in 8 bits": (
+        ["model.expert_hidden_size=288", "model.hidden_size=264", "model.expert_precision=mxfp8"],
+        1,
+        ["model.expert_precision=mxfp8", "not 288 and 264", "use 384 and 272", "model.expert_precision=wide"],
+    ),
+    "activation of experts in 8 bits": (
+        ["model.expert_activation=geglu", "model.expert_precision=fp8"],
+        1,
+        ["model.expert_precision=fp8", "model.expert_activation=geglu", "use model.expert_precision=wide"],
     ),
     "parts of biases": (
         [
@@ -85,6 +95,17 @@ BROKEN = {
         ["parallel.dispatcher=hybridep", "parallel.ep=2", "train.precision=fp32"],
         2,
         ["parallel.dispatcher=hybridep", "train.precision=fp32", "hierarchical"],
+    ),
+    "fused dispatcher of many experts a token": (
+        [
+            "parallel.dispatcher=deepep",
+            "parallel.ep=2",
+            "train.precision=bf16",
+            "model.num_experts=64",
+            "model.top_k=33",
+        ],
+        2,
+        ["parallel.dispatcher=deepep", "model.top_k=33", "32", "hierarchical"],
     ),
     "fused dispatcher without a GPU": (
         ["parallel.dispatcher=deepep", "parallel.ep=2", "train.precision=bf16", "engine.device=cpu"],

@@ -17,7 +17,9 @@ from ranks_pool import RankPool
 
 from moe.config import load_config
 from moe.errors import InputError
+from moe.layer import AllToAllDispatcher, Dispatcher, ExpertTensorDispatcher, HierarchicalDispatcher
 from moe.layer.dispatch_check import WrongDispatchError
+from moe.layer.dispatch_fused import FusedDispatcher
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SETTINGS = (
@@ -36,6 +38,24 @@ SETTINGS = (
     "parallel.tp=2",
     "parallel.ep=4",
 )
+
+
+CHOSEN: dict[str, type[Dispatcher]] = {
+    "alltoall": AllToAllDispatcher,
+    "hierarchical": HierarchicalDispatcher,
+    "deepep": FusedDispatcher,
+    "hybridep": FusedDispatcher,
+}
+
+
+def require_chosen(engine: Any) -> None:
+    """Every expert layer has the dispatcher of the config; those with split experts have it inside."""
+    parallel = engine.config.parallel
+    for adapter in engine.moe_layers.values():
+        found = adapter.layer.dispatcher
+        assert isinstance(found, ExpertTensorDispatcher) == (parallel.etp > 1)
+        inner = found.inner if parallel.etp > 1 else found
+        assert type(inner) is CHOSEN[parallel.dispatcher], type(inner)
 
 
 def train(*overrides: str) -> list[tuple[float, float]]:
@@ -59,6 +79,7 @@ def train(*overrides: str) -> list[tuple[float, float]]:
             }
 
     try:
+        require_chosen(engine)
         results = [engine.train_step(batches(), 3e-3) for _ in range(3)]
         return [(result.loss, result.grad_norm) for result in results]
     finally:
@@ -139,12 +160,21 @@ def library(module: ModuleType) -> Iterator[None]:
 
 
 def train_on_double(api: str, fault: str, *overrides: str) -> list[tuple[float, float]] | str:
-    """As train, or the refusal."""
-    with library(double(api, fault)):
-        try:
-            return train(*overrides)
-        except (WrongDispatchError, InputError) as error:
-            return str(error)
+    """As train, or the refusal; the buffers are freed while ranks can meet, and torch is left as it was."""
+    module = double(api, fault)
+    deterministic = "run.deterministic=true" in overrides
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with library(module):
+            result: list[tuple[float, float]] | str = train(*overrides)
+    except (WrongDispatchError, InputError) as error:
+        result = str(error)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    buffer = getattr(module, api)
+    assert buffer.freed == ([True] if buffer.sends else []), "a stage without expert layers makes none"
+    return result
 
 
 @pytest.mark.parametrize(
@@ -153,7 +183,13 @@ def train_on_double(api: str, fault: str, *overrides: str) -> list[tuple[float, 
         ("Buffer", ("parallel.overlap_shared_expert=true",)),
         (
             "ElasticBuffer",
-            ("parallel.ep=2", "parallel.etp=2", "train.recompute=full", "model.hidden_size=256"),
+            (
+                "run.deterministic=true",
+                "parallel.ep=2",
+                "parallel.etp=2",
+                "train.recompute=full",
+                "model.hidden_size=256",
+            ),
         ),
         ("HybridEPBuffer", ("parallel.pp=2", "parallel.ep=2")),
     ],
@@ -183,14 +219,34 @@ def test_a_library_that_is_not_here_ends_every_rank(
     plain: tuple[RankPool, list[tuple[float, float]]],
 ) -> None:
     settings = ("train.precision=bf16", "parallel.dispatcher=deepep")
-    for text in plain[0].run(refusal_on_rank, *settings):
+    for text in plain[0].run(refusal_before_build, *settings):
         assert "rank 0: parallel.dispatcher=deepep needs the package deep_ep" in text
+
+
+def refusal_before_build(*overrides: str) -> str:
+    from moe.engine.megatron import MegatronEngine
+
+    with patch.object(MegatronEngine, "_build", side_effect=AssertionError("the model was built first")):
+        return refusal_on_rank(*overrides)
 
 
 def refusal_on_rank(*overrides: str) -> str:
     with pytest.raises(InputError) as caught:
         train(*overrides)
     return str(caught.value)
+
+
+def refusal_on_unlike_machines(*overrides: str) -> str:
+    machine = "1" if os.environ["RANK"] == "0" else "2"
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE=machine):
+        return refusal_on_rank(*overrides)
+
+
+def test_machines_with_unlike_numbers_of_ranks_end_every_rank(
+    plain: tuple[RankPool, list[tuple[float, float]]],
+) -> None:
+    for text in plain[0].run(refusal_on_unlike_machines, "parallel.dispatcher=hierarchical"):
+        assert "have 1, 2, 2, 2 on theirs; set parallel.ranks_per_node" in text
 
 
 def test_launcher_with_one_node_is_told(plain: tuple[RankPool, list[tuple[float, float]]]) -> None:

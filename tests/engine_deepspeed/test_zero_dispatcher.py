@@ -13,11 +13,16 @@ SETTINGS = ("train.precision=bf16", "parallel.ep=2", *zero(3))
 
 
 def train_on_double(task: Task) -> dict[str, Any]:
+    library = double("Buffer")
     with (
-        patch("moe.engine.fused_dispatcher.import_library", lambda _: double("Buffer")),
+        patch("moe.engine.fused_dispatcher.import_library", lambda _: library),
         patch("moe.engine.fused_dispatcher.require_gpu"),
     ):
-        return train(task)
+        result = train(task)
+    # Two dispatches of the check; then those of each layer in each micro-batch, of 2 sequences of 16 tokens.
+    assert len(library.Buffer.sends) > 2 and set(library.Buffer.sends[2:]) == {32}
+    assert library.Buffer.freed == [True]
+    return result
 
 
 @pytest.mark.slow

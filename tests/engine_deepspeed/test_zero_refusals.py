@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,25 @@ def test_missing_names_are_listed_before_start() -> None:
         "deepspeed.utils.groups:_NO_SUCH_GROUP, deepspeed.no_such_module:name. DeepSpeed 0.19.8 is known to "
         "work: pip install deepspeed==0.19.8, or use engine.name=megatron"
     )
+
+
+def test_import_that_fails_is_told_as_such(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "hjson", None)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
+            patch.delitem(sys.modules, name)
+        with pytest.raises(InputError, match=r"is installed but cannot be imported: .*hjson"):
+            require_names()
+    (tmp_path / "needy_module.py").write_text("import no_such_library")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="cannot be imported: No module named 'no_such_library'"):
+        require_names(["needy_module:name"])
+
+
+@pytest.mark.parametrize("name", ["deepspeed.runtime.zero.muon.no_such_module", "no_such_package.module"])
+def test_module_that_is_only_found_can_be_missing(name: str) -> None:
+    with pytest.raises(InputError, match=rf"lacks {name}\."):
+        require_names([*NAMES, name])
 
 
 def test_an_engine_without_its_names_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -43,16 +43,45 @@ MXFP8 = (
 
 
 class ReadBacks(TorchDispatchMode):
-    """Notes operations whose result is on the host: on a GPU each would wait for it."""
+    """Notes what puts a result on the host, or needs it there: on a GPU each would wait for it."""
+
+    OPERATORS = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "equal"})
+    METHODS = ("tolist", "cpu", "numpy", "to")  # on the CPU they call no operator
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.found.append(str(func))
+        name = func.overloadpacket.__name__
+        masks = args[1] if name in {"index", "index_put", "index_put_"} else ()
+        is_masked = any(mask is not None and mask.dtype in {torch.bool, torch.uint8} for mask in masks)
+        if name in self.OPERATORS or is_masked:
+            self.found.append(name)
         return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Self:
+        self._patches = pytest.MonkeyPatch()
+        for method in self.METHODS:
+            self._patches.setattr(Tensor, method, self._noting(method))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._patches.undo()
+        super().__exit__(*error)
+
+    def _noting(self, method: str) -> Callable[..., Any]:
+        call = getattr(Tensor, method)
+
+        def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            target = [*args, *kwargs.values()]
+            to_host = any(isinstance(each, str | torch.device) and "cpu" in str(each) for each in target)
+            in_mode = torch.utils._python_dispatch._get_current_dispatch_mode() is self
+            if in_mode and (method != "to" or to_host):
+                self.found.append(method)
+            return call(tensor, *args, **kwargs)
+
+        return noted
 
 
 @pytest.fixture
@@ -95,10 +124,51 @@ def test_a_step_launches_so_many_kernels_and_reads_nothing(file, options, expect
     assert (dict(launches), read_backs.found) == (expected[1], [])
 
 
-def test_a_read_back_is_noticed():
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x[0].item(),
+        lambda x: int(x[0]),
+        lambda x: bool(x[0] > 0),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: x.to("cpu"),
+        lambda x: x.to(device=torch.device("cpu")),
+        lambda x: x.nonzero(),
+        lambda x: torch.equal(x, x),
+        lambda x: x.masked_select(x > 1),
+        lambda x: x[x > 1],
+        lambda x: x.index_put_((x > 1,), torch.ones(2, dtype=int)),
+    ],
+    ids=[
+        "item",
+        "int",
+        "bool",
+        "tolist",
+        "cpu",
+        "numpy",
+        "to",
+        "to_device",
+        "nonzero",
+        "equal",
+        "masked_select",
+        "mask",
+        "put_by_mask",
+    ],
+)
+def test_a_read_back_is_noticed(read):
+    x = torch.arange(4)
     with ReadBacks() as read_backs:
-        torch.ones(3).sum().item()
+        read(x)
     assert read_backs.found
+
+
+def test_what_stays_on_the_device_is_no_read_back():
+    x = torch.arange(4)
+    with ReadBacks() as read_backs:
+        x.to(torch.int32).sum(), x[x.flip(0)], torch.where(x > 1, x, 0)
+    assert read_backs.found == []
 
 
 def tensors(E: int, T: int, K: int) -> tuple[Tensor, ...]:

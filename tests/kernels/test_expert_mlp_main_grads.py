@@ -113,14 +113,42 @@ def test_custom_op_keeps_torchs_rules():
     )
 
 
-def test_torch_compile_traces_one_graph(triton_device):
-    leaves, index, grad_TD = example(torch.float32, triton_device)
+def test_torch_compile_refuses_and_without_fullgraph_leaves_them_to_eager():
+    leaves, index, grad_TD = example(torch.float32, "cpu")
     main_grads, expected = empty_main_grads(leaves), empty_main_grads(leaves)
-    compiled = torch.compile(expert_mlp, fullgraph=True, backend="aot_eager")
-    for op, mains in ((compiled, main_grads), (expert_mlp, expected)):
-        gradients(op(*leaves.values(), index, main_grads=mains), grad_TD, **leaves)
+    whole, parts = (torch.compile(expert_mlp, fullgraph=full, backend="aot_eager") for full in (True, False))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="main_grads do not go with"):
+        whole(*leaves.values(), index, main_grads=main_grads)
+    torch.compiler.reset()
+    for op, mains in ((parts, main_grads), (expert_mlp, expected)):
+        for y_TD in [op(*leaves.values(), index, main_grads=mains) for _ in range(2)]:
+            y_TD.backward(grad_TD)
     for main, wanted in zip(main_grads, expected, strict=True):
         assert torch.equal(main, wanted)
+
+
+def test_a_backward_for_other_inputs_adds_as_well():
+    leaves, index, grad_TD = example(torch.float32, "cpu")
+    main_grads = empty_main_grads(leaves)
+    y_TD = expert_mlp(*leaves.values(), index, main_grads=main_grads)
+    torch.autograd.grad(y_TD, leaves["x"], grad_TD)
+    assert all(bool((main != 0.5).any()) for main in main_grads)
+
+
+def test_anomaly_detection_finds_nothing_in_memory_without_meaning():
+    leaves, index, grad_TD = example(torch.float32, "cpu")  # torch.empty is NaN here
+    with torch.autograd.set_detect_anomaly(True):
+        expert_mlp(*leaves.values(), index, main_grads=empty_main_grads(leaves)).backward(grad_TD)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_frozen_weights_are_refused_where_a_backward_could_come(name):
+    leaves, index, _ = example(torch.float32, "cpu")
+    leaves[name].requires_grad_(False)
+    with pytest.raises(ValueError, match=f"weights that require gradients, {name[2:]} does not"):
+        expert_mlp(*leaves.values(), index, main_grads=empty_main_grads(leaves))
+    with torch.no_grad():
+        expert_mlp(*leaves.values(), index, main_grads=empty_main_grads(leaves))
 
 
 def test_what_does_not_fit_is_refused():

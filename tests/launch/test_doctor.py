@@ -23,6 +23,9 @@ from moe.launch.doctor.examine import Patient, _check_node
 from moe.launch.doctor.network import check_infiniband
 from moe.launch.doctor.report import NodeReport, Report
 from moe.launch.doctor.software import check_dispatcher, check_same, check_versions
+from moe.planner.hardware_file import find_gpu
+from moe.planner.plan import make_plan
+from moe.planner.settings import load_plan_config, make_job
 
 RECIPE = REPOSITORY / "configs" / "quickstart.yaml"
 
@@ -220,7 +223,9 @@ def test_a_fused_dispatcher_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "deep_ep", double("ElasticBuffer"))
     found = check_dispatcher("deepep")
     assert (found.status, found.value) == ("ok", "parallel.dispatcher=deepep: deep_ep 2.1.0")
-    assert "deep_ep 2.1.0 lacks HybridEPBuffer" in check_dispatcher("hybridep").remedy
+    other = check_dispatcher("hybridep")
+    assert (other.status, other.value) == ("fail", "parallel.dispatcher=hybridep: deep_ep not usable")
+    assert "deep_ep 2.1.0 lacks HybridEPBuffer" in other.remedy
     asks = ["parallel.dispatcher=hybridep", "parallel.ep=2", "train.precision=bf16"]
     config = load_config(RECIPE, asks, world_size=None)
     report, _ = _check_node(Patient(config=config, run_dir=None, grace_s=60), 1, 1)
@@ -255,6 +260,15 @@ def test_a_save_needs_twelve_bytes_a_parameter_of_every_rank_on_a_host():
     assert found.status == "fail"
     assert "parallel.pp" in found.remedy
     assert host.check_save_memory(needed, ranks=1).status == "ok"
+
+
+@pytest.mark.parametrize("layers", [[], [1, 3], [4, 0]])
+def test_a_save_is_judged_by_the_fullest_stage(layers):
+    overrides = ["parallel.pp=2", f"parallel.stage_layers={layers}"]
+    config = load_plan_config(RECIPE, overrides)
+    whole, split = (run_host_bytes(one) for one in (load_config(RECIPE), config))
+    assert whole / 2 < split < whole
+    assert split * 2 == make_plan(make_job(config, 2, find_gpu("h100")), 1).save_bytes
 
 
 def test_write_rate_is_measured_and_leaves_nothing(tmp_path):

@@ -214,18 +214,37 @@ def test_a_whole_layer_equals_one_rank(ranks: RankPool, sizes: Sizes) -> None:
             assert torch.equal(with_overlap[name], without[name]), name
 
 
-def drawn_on_rank() -> tuple[torch.Tensor, torch.Tensor]:
+def drawn_on_rank(on_meta: bool) -> Named:
     torch.manual_seed(3)
     ep_group, etp_group = groups_of((2, 2))
-    layer = MoELayer(CONFIG, ep_group=ep_group, etp_group=etp_group)
-    return layer.router.weight_ED.detach(), layer.experts.w_down_eDF.detach()
+    device = "meta" if on_meta else None
+    layer = MoELayer(SHARED, ep_group=ep_group, etp_group=etp_group, device=device)
+    if on_meta:
+        layer.to_empty(device="cpu")
+        for tensor in layer.state_dict().values():
+            tensor.fill_(torch.nan)
+        layer.reset_parameters()
+    return layer.state_dict()
 
 
-def test_ranks_draw_different_parts_and_the_same_router(ranks: RankPool) -> None:
-    routers, downs = zip(*ranks.run(drawn_on_rank), strict=True)
-    assert all(router.equal(routers[0]) for router in routers)
+def test_ranks_draw_different_parts_and_the_same_router_also_after_meta(ranks: RankPool) -> None:
+    drawn = ranks.run(drawn_on_rank, False)
+    assert all(one["router.weight_ED"].equal(drawn[0]["router.weight_ED"]) for one in drawn)
+    downs = [one["experts.w_down_eDF"] for one in drawn]
     assert [down.shape for down in downs] == [(E // 2, D, F // 2)] * 4
     assert len({float(down.sum()) for down in downs}) == 4
+    for rank, after_meta in enumerate(ranks.run(drawn_on_rank, True)):
+        for name, tensor in drawn[rank].items():
+            assert after_meta[name].equal(tensor), f"{name} of rank {rank}"
+
+
+def nodes_alone_on_rank() -> None:
+    with pytest.raises(ValueError, match="nodes are those of ep_group, which is None"):
+        MoELayer(CONFIG, nodes=split_by_node(dist.group.WORLD, 2))
+
+
+def test_nodes_without_a_group_are_refused(ranks: RankPool) -> None:
+    ranks.run(nodes_alone_on_rank)
 
 
 def refusals_on_rank() -> list[str]:

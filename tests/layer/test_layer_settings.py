@@ -148,6 +148,8 @@ def test_the_global_balance_loss_is_the_mean_over_ranks_of_one_batch(start_ranks
     [
         ({"activation": "relu"}, "activation='relu' is unknown; allowed: swiglu, geglu, clamped_swiglu"),
         ({"fp8_input_store": True}, "fp8_input_store needs a precision of fp8, .*, mxfp8, got 'wide'"),
+        ({"precision": "fp8", "expert_bias": True}, "precision='fp8' takes .*, got 'swiglu' and True"),
+        ({"precision": "mxfp8", "activation": "geglu"}, "precision='mxfp8' takes .*, got 'geglu' and False"),
         ({"precision": "int4"}, "precision='int4' is unknown; allowed: wide, fp8, fp8_power_of_two, mxfp8"),
         ({"score": "tanh", "backend": "cuda"}, "score='tanh' .*; backend='cuda' is unknown; allowed: auto"),
         ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,16 @@ def test_starts_have_the_sizes_that_they_began_with(tmp_path: Path) -> None:
         journal.open(record(0, 0.0) | {"gpus": gpus, "machines": 2})
         journal.end(record(2, 3.0))
     assert starts_of(read_journal(tmp_path)).sizes == {(8, 2), (16, 2)}
+
+
+def test_steps_of_counters_are_kept_by_start(tmp_path: Path) -> None:
+    for counters in ({"counter_step_j": 5.0}, {"counter_step_j": None, "node_counter_step_j": 7.0}, {}):
+        journal = EnergyJournal(tmp_path)
+        journal.open(record(0, 0.0))
+        journal.end(record(2, 3.0) | counters)
+    steps_j, node_steps_j = zip(*starts_of(read_journal(tmp_path)).steps_j, strict=True)
+    assert steps_j == pytest.approx((5, math.inf, math.nan), nan_ok=True)
+    assert node_steps_j == pytest.approx((math.nan, 7, math.nan), nan_ok=True)
 
 
 def test_damaged_journal_is_named(tmp_path: Path) -> None:

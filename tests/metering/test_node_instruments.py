@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import netrc
 import sys
 import threading
@@ -23,7 +24,7 @@ from moe.metering.energy import EnergyMeterError
 from moe.metering.estimate import PowerModel
 from moe.metering.gpu_meter import GpuMeter
 from moe.metering.node_readers import _authorization, main
-from moe.metering.over_machines import node_level, too_coarse
+from moe.metering.over_machines import node_level, steps_of_starts, too_coarse
 
 MODEL = PowerModel(idle_w=1, active_w_per_core=1, provenance="this test")
 
@@ -105,9 +106,29 @@ def test_counter_whose_steps_are_coarse_for_the_run_is_flagged_at_the_end(
         say(answer, f"{1_000_000 + step * step_j} J\n")
         wait_for(meter, step * step_j)
     assert meter.audit().validity == "unchecked"
-    said = too_coarse(starts * meter.step_j(), meter.read().energy_j)
+    said = too_coarse(steps_of_starts([meter.step_j()] * starts), meter.read().energy_j)
     meter.close()
     assert ("too coarse for this run" in str(said)) == is_coarse
+
+
+@pytest.mark.parametrize(
+    ("steps_j", "unsure_j"),
+    [
+        ([0, 0], 0),  # watts
+        ([5, 3], 8),
+        ([5, 3, math.inf], 13),
+        ([math.inf, 3], 6),
+        ([math.inf], math.inf),
+        ([0, math.inf], math.inf),  # watts say nothing about a counter
+        ([math.nan, 3], 6),  # a journal from before steps were kept
+        ([math.nan, math.inf], math.inf),
+        ([math.nan, 0], 0),
+    ],
+)
+def test_start_that_saw_no_step_is_as_unsure_as_the_worst_that_did(
+    steps_j: list[float], unsure_j: float
+) -> None:
+    assert steps_of_starts(steps_j) == unsure_j
 
 
 def test_a_short_last_start_is_judged_with_the_joules_of_all_starts() -> None:

@@ -24,11 +24,15 @@ ROUTER = {
     "aux_loss_coeff": 0.5,
     "z_loss_coeff": 0.25,
 }
-EXPERTS = {"activation": "geglu", "bias": True, "precision": "fp8"}
+# By the layer's names; 8-bit experts have no other activation and no biases.
+EXPERTS = (
+    {"activation": "geglu", "expert_bias": True, "precision": "wide", "fp8_input_store": False},
+    {"activation": "swiglu", "expert_bias": False, "precision": "fp8", "fp8_input_store": True},
+)
 SIZES = {"hidden_size": 16, "num_experts": 8, "top_k": 3, "expert_hidden_size": 8}
 
 
-def settings_of_the_layer(**router: object) -> dict[str, object]:
+def settings_of_the_layer(experts: dict[str, object], **router: object) -> dict[str, object]:
     from moe.model.moe_adapter import layer_config
 
     model = ModelSection(
@@ -38,19 +42,19 @@ def settings_of_the_layer(**router: object) -> dict[str, object]:
         attention=AttentionSection(num_heads=2),
         router=RouterSection(**router),
         **SIZES,
-        **{f"expert_{name}": value for name, value in EXPERTS.items()},
+        **{f"expert_{name.removeprefix('expert_')}": value for name, value in experts.items()},
     )
     return asdict(layer_config(model, "torch"))
 
 
-def test_settings_reach_the_layer():
-    settings = settings_of_the_layer(**ROUTER)
-    expected = {**SIZES, **ROUTER, "backend": "torch", "activation": "geglu", "expert_bias": True}
-    expected |= {"precision": "fp8", "score_before_topk": True}
+@pytest.mark.parametrize("experts", EXPERTS, ids=["bias", "8 bits"])
+def test_settings_reach_the_layer(experts):
+    settings = settings_of_the_layer(experts, **ROUTER)
+    expected = {**SIZES, **ROUTER, **experts, "backend": "torch", "score_before_topk": True}
     # Megatron's own: the shared expert, the initial weights, the order of axes.
     assert settings == expected | {"shared_expert_hidden_size": 0, "init_std": 0.02, "batch_first": False}
 
 
 @pytest.mark.parametrize("before", [True, False])
 def test_the_order_of_softmax_and_choice_reaches_the_layer(before):
-    assert settings_of_the_layer(score_before_topk=before)["score_before_topk"] is before
+    assert settings_of_the_layer({}, score_before_topk=before)["score_before_topk"] is before

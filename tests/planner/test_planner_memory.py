@@ -38,6 +38,28 @@ def engine_bytes(overrides: tuple[str, ...]) -> dict[str, int]:
     engine = MegatronEngine(config)
     parameters = list(engine.ddps[0].parameters())
     known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    saved = saved_bytes(engine, config)
+    states = [state for one in parts_of(engine.optimizer) for state in one.optimizer.state.values()]
+    tensors = [t for state in states for t in state.values() if torch.is_tensor(t) and t.dim() > 0]
+    # A main parameter is a view of the model's own in fp32, another tensor in bf16.
+    mains = [p for one in parts_of(engine.optimizer) for g in one.optimizer.param_groups for p in g["params"]]
+    tensors += [p for p in mains if p.untyped_storage().data_ptr() not in known]
+    found = {
+        "weights": sum(p.numel() * p.element_size() for p in parameters),
+        "gradients": sum(p.main_grad.numel() * p.main_grad.element_size() for p in parameters),
+        "optimizer": sum(t.numel() * t.element_size() for t in tensors),
+        "saved": saved,
+        "to save": gathered_to_save(engine),
+    }
+    written, expected = checkpoint_size(engine)
+    assert abs(written / expected - 1) < 0.01, f"{written} bytes on disk, {expected} planned"
+    engine.close()
+    return found
+
+
+def saved_bytes(engine: Any, config: Any) -> int:
+    """What a forward pass saves for the backward pass, after a step."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in engine.ddps[0].parameters()}
     saved: dict[int, torch.UntypedStorage] = {}  # storages stay alive, so no address comes twice
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -50,23 +72,20 @@ def engine_bytes(overrides: tuple[str, ...]) -> dict[str, int]:
     engine.train_step(iter([batch] * engine.num_microbatches), lr=1e-3)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output, _ = engine._forward_step(iter([batch]), engine.ddps[0])
-    states = [state for one in parts_of(engine.optimizer) for state in one.optimizer.state.values()]
-    tensors = [t for state in states for t in state.values() if torch.is_tensor(t) and t.dim() > 0]
-    # A main parameter is a view of the model's own in fp32, another tensor in bf16.
-    mains = [p for one in parts_of(engine.optimizer) for g in one.optimizer.param_groups for p in g["params"]]
-    tensors += [p for p in mains if p.untyped_storage().data_ptr() not in known]
     del output
-    found = {
-        "weights": sum(p.numel() * p.element_size() for p in parameters),
-        "gradients": sum(p.main_grad.numel() * p.main_grad.element_size() for p in parameters),
-        "optimizer": sum(t.numel() * t.element_size() for t in tensors),
-        "saved": sum(storage.nbytes() for storage in saved.values()),
-        "to save": gathered_to_save(engine),
-    }
-    written, expected = checkpoint_size(engine)
-    assert abs(written / expected - 1) < 0.01, f"{written} bytes on disk, {expected} planned"
-    engine.close()
-    return found
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def saved_on_rank(overrides: tuple[str, ...], num_ranks: int) -> int:
+    """As saved_bytes, on each of a few ranks."""
+    from moe.engine.megatron import MegatronEngine
+
+    config = load_config(QUICKSTART, overrides, world_size=num_ranks)
+    engine = MegatronEngine(config)
+    try:
+        return saved_bytes(engine, config)
+    finally:
+        engine.close()
 
 
 def checkpoint_size(engine: Any) -> tuple[int, int]:
@@ -145,6 +164,8 @@ def pool(start_ranks: Any) -> RankPool:
         ("model.attention.sinks=true", "train.precision=bf16", "train.micro_batch_size=2"),
         ("model.attention.sliding_window=16", "train.micro_batch_size=2"),
         ("optim.name=muon", "train.precision=bf16", "train.micro_batch_size=2"),
+        ("model.mtp_layers=1", "train.micro_batch_size=2"),
+        ("train.recompute=selective", "train.micro_batch_size=2"),
     ],
     ids=lambda overrides: " ".join(overrides) or "quickstart",
 )
@@ -159,6 +180,16 @@ def test_engine_holds_what_was_planned(pool: RankPool, overrides: tuple[str, ...
     to_save = host_bytes(sum(held_params(planned(overrides), stages_of(planned(overrides))[0])))
     assert to_save == pytest.approx(found.pop("to save"), rel=0.001)
     assert stage.total_bytes - stage.workspace == pytest.approx(sum(found.values()), rel=0.05)
+
+
+def test_a_rank_of_a_context_saves_keys_and_values_of_all_positions(pool: RankPool) -> None:
+    sizes = ("qk_nope_head_dim=16", "qk_rope_head_dim=16", "v_head_dim=32", "kv_lora_rank=64")
+    latent = ("kind=mla", "q_lora_rank=96", *sizes)
+    overrides = ("parallel.cp=2", "train.micro_batch_size=2", *(f"model.attention.{one}" for one in latent))
+    found = pool.run(saved_on_rank, overrides, 2, num_ranks=2)
+    stage = memory_of_stages(planned(overrides, 2))[0]
+    saved = sum(value for part, value in stage.parts.items() if part in SAVED)
+    assert [saved / one for one in found] == pytest.approx([1, 1], rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,11 @@ def test_command_prints_one_object_with_the_fixed_keys() -> None:
         (("plan", str(QUICKSTART), "--gpu", "v100"), "allowed: h100"),
         (("plan", str(QUICKSTART), "plan.precison=fp8"), "did you mean plan.precision?"),
         (("plan", str(QUICKSTART), "--gpus", "5", "parallel.tp=2"), "no multiple of tp*pp*cp"),
-        (("plan", str(QUICKSTART), "plan.precision=mxfp8"), "allowed: fp32, bf16, fp8"),
+        (
+            ("plan", str(QUICKSTART), "plan.precision=mxfp8"),
+            "plan.precision=mxfp8 is not of h100; allowed: fp32",
+        ),
+        (("plan", str(QUICKSTART), "--png", "/proc/x"), "--png /proc/x cannot be written"),
         (("plan", str(QUICKSTART), "--site", "atlantis"), "known: sakai, tomakomai"),
         (("plan", str(QUICKSTART), "--search", "--objective", "joy"), "allowed: time, tokens_per_j"),
     ],
@@ -134,10 +138,70 @@ def test_training_takes_the_layout_that_is_found_even_for_61_layers() -> None:
     assert values["search"]["refused_by_train"] == []
 
 
+def test_search_of_a_recipe_gives_overrides_that_training_takes() -> None:
+    recipe = QUICKSTART.with_name("sovereign-1t-a32b-h100.yaml")
+    values = planned(recipe, gpus=4096, gpu="h100", search=True)
+    assert values["search"]["refused_by_train"] == []
+    for front in [values["search"], *values["search"]["front"]]:
+        load_config(recipe, front["overrides"], world_size=4096)
+
+
+def test_evaluation_is_made_longer_where_it_would_not_fill_the_ranks() -> None:
+    config = load_plan_config(KIMI, ("train.eval_sequences=100", "parallel.ep=8", "parallel.pp=8"))
+    job = make_job(config, 512, find_gpu("h100"))
+    assert (job.layout.dp, as_overrides(config, job)[-1]) == (64, "train.eval_sequences=128")
+    chunked = dataclasses.replace(job, layout=dataclasses.replace(job.layout, vpp=2))
+    assert as_overrides(config, chunked)[-1] == "train.eval_sequences=512"
+    enough = load_plan_config(KIMI, ("train.eval_sequences=128",))
+    assert not any("eval" in override for override in as_overrides(enough, job))
+
+
 def test_layout_that_training_refuses_is_named() -> None:
-    values = planned(KIMI, "train.eval_sequences=100", gpus=4096, gpu="h100", search=True)
+    ramp = "train.batch_schedule=[{steps: 10, global_batch_size: 7}]"
+    values = planned(KIMI, ramp, gpus=512, gpu="h200", search=True)
     (reason,) = values["search"]["refused_by_train"]
-    assert "train.eval_sequences=100" in reason
+    assert "train.batch_schedule has batches of 7" in reason
+
+
+def test_layouts_that_training_refuses_come_last() -> None:
+    """A ramp of the batch that few data-parallel ranks can share out decides against the fastest layout."""
+    ramp = "train.batch_schedule=[{steps: 10, global_batch_size: 4}]"
+    values = planned(KIMI, ramp, gpus=512, gpu="h200", search=True)
+    free = planned(KIMI, gpus=512, gpu="h200", search=True)
+    assert values["search"]["refused_by_train"] == []
+    assert values["step_s"] > free["step_s"]
+
+
+def test_a_layout_whose_save_no_host_can_hold_comes_last() -> None:
+    small = dataclasses.replace(find_gpu("b300"), host_bytes=64e9)
+    config = load_plan_config(KIMI, ("train.global_batch_size=1024",))
+    found, free = (
+        search(config, searched_job(config, 256, gpu), site=Site()) for gpu in (small, find_gpu("b300"))
+    )
+    assert free.best.save_bytes is not None and found.best.save_bytes is not None
+    assert free.best.save_bytes > small.host_bytes * small.node_gpus
+    assert found.best.save_bytes <= found.best.host_bytes
+    assert found.best.time.step_s > free.best.time.step_s
+    tiny = dataclasses.replace(small, host_bytes=1e9)
+    (reason,) = search(config, searched_job(config, 256, tiny), site=Site()).refused
+    assert "while it is written" in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus"), [("deepseek-v3-671b", 1024), ("qwen3-30b-a3b", 16), ("gpt-oss-120b", 64)]
+)
+def test_search_is_never_slower_than_the_recipe_it_was_given(name: str, gpus: int) -> None:
+    config = load_plan_config(QUICKSTART.with_name(f"{name}.yaml"))
+    job = make_job(config, gpus, find_gpu("h100"))
+    assert job.stage_layers
+    assert search(config, job, site=Site()).best.time.step_s <= step_time(job).step_s
+
+
+def test_balanced_chunks_are_as_fast_as_those_that_a_recipe_names() -> None:
+    config = load_plan_config(QUICKSTART.with_name("deepseek-v3-671b.yaml"))
+    job = make_job(config, 1024, find_gpu("h100"))
+    assert job.layout.vpp > 1
+    assert step_time(dataclasses.replace(job, stage_layers=())).step_s <= step_time(job).step_s
 
 
 def test_overrides_say_all_of_a_layout_also_over_a_recipe_with_one_of_its_own() -> None:
@@ -148,7 +212,7 @@ def test_overrides_say_all_of_a_layout_also_over_a_recipe_with_one_of_its_own() 
     job = dataclasses.replace(
         searched_job(config, 1024, find_gpu("h100")), layout=wanted, stage_layers=(), micro_batch=2
     )
-    again = make_job(load_plan_config(recipe, as_overrides(job)), 1024, find_gpu("h100"))
+    again = make_job(load_plan_config(recipe, as_overrides(config, job)), 1024, find_gpu("h100"))
     assert (again.layout, again.stage_layers, again.micro_batch) == (wanted, (), 2)
 
 
@@ -179,9 +243,34 @@ def test_experts_alone_can_be_quantised() -> None:
         KIMI, *layout, "model.expert_precision=fp8", "model.expert_fp8_input_store=true", gpus=512
     )
     memory = "memory_gib_worst_rank"
-    assert everywhere[memory] < narrow[memory] == wide[memory] > stored[memory]
-    with pytest.raises(InputError, match="mxfp8 is not of h100"):
+    assert everywhere[memory] < wide[memory] <= narrow[memory] > stored[memory]
+    with pytest.raises(InputError, match=r"model\.expert_precision=mxfp8 is not of h100"):
         planned(KIMI, *layout, "model.expert_precision=mxfp8", gpus=512)
+
+
+DEEPSPEED = ("engine.name=deepspeed", "engine.zero_stage=2")
+
+
+def test_offload_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"engine\.offload=optimizer cannot be planned"):
+        planned(QUICKSTART, *DEEPSPEED, "engine.offload=optimizer")
+
+
+def test_nothing_recomputed_is_not_what_the_recipe_recomputes() -> None:
+    full, none = (
+        planned(QUICKSTART, "train.recompute=full", *more, gpus=1) for more in ((), ("plan.recompute=[]",))
+    )
+    assert none["memory_gib_worst_rank"] > full["memory_gib_worst_rank"]
+    assert none["step_s"] == planned(QUICKSTART, "train.recompute=none", gpus=1)["step_s"]
+
+
+def test_only_the_engine_that_gathers_a_save_on_hosts_says_what_it_takes() -> None:
+    texts = [
+        run_request(Request(config=QUICKSTART, overrides=more, gpus=2, gpu="h100"), as_object=False)
+        for more in ((), DEEPSPEED)
+    ]
+    assert ["A checkpoint takes" in text for text in texts] == [True, False]
+    assert planned(QUICKSTART, *DEEPSPEED, gpus=2)["save_host_gib_per_node"] is None
 
 
 def test_site_limits_gpus_by_power() -> None:
@@ -238,6 +327,7 @@ def test_machine_file_changes_what_it_names(tmp_path: Path) -> None:
         ("base: h100\ntdp_w: -1\n", "tdp_w=-1 must be a number above 0"),
         ("base: h100\nefficiency: {hbm: 1.5}\n", "at most 1"),
         ("base: h100\nefficiency: 0.5\n", "must be a section"),
+        ("base: b200\nname: h100\n", "h100 is a kind that the planner knows"),
     ],
 )
 def test_machine_file_is_checked(tmp_path: Path, text: str, said: str) -> None:

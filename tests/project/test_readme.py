@@ -55,9 +55,25 @@ def test_errors_of_the_planner_are_those_of_the_result_file():
     sentence = (
         f"{held_out['rows']} published runs that had no part in any constant or term it is "
         f"{100 * held_out['step_median_abs_error']:.1f} % and "
-        f"{100 * held_out['step_worst_abs_error']:.1f} %"
+        f"{100 * held_out['step_worst_abs_error']:.1f} %, though "
+        f"{sum(row['repeats'] is not None for row in results['rows_held_out'])} of them have model, GPU and "
+        "layout of a fitted run"
     )
     assert sentence in README
+    examined = results["summary_examined"]
+    sentence = (
+        f"{examined['rows']} more showed terms that were missing, one of them chose a factor, and they are "
+        f"off by {100 * examined['step_median_abs_error']:.1f} % in the median and "
+        f"{100 * examined['step_worst_abs_error']:.1f} % at worst"
+    )
+    assert sentence in README
+    biased = [100 * row["step_error"] for row in results["rows_examined"] if "gpt-oss" in row["id"]]
+    assert max(biased) < 0
+    assert f"gpt-oss-120b is planned {-max(biased):.0f} to {-min(biased):.0f} % too fast" in README
+    kinds = [rows for name, rows in results.items() if name.startswith("rows")]
+    short = [row for rows in kinds for row in rows if row["short_gib"]]
+    sentence = f"{len(short)} of the runs do not fit by the planner, though they ran"
+    assert (sentence in README) == bool(short)
 
 
 def test_generated_tables_are_those_of_the_result_files():

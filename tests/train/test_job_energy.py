@@ -17,12 +17,15 @@ from fake_nvml import FakeGpu, FakeNvml
 from ranks_pool import RankPool
 
 from moe.config.schema import EnergySection
-from moe.metering.energy import EnergyMeter
+from moe.metering.command_meter import CommandMeter
+from moe.metering.energy import Audit, EnergyMeter
 from moe.metering.gpu_meter import GpuMeter
+from moe.metering.journal import EnergyJournal, read_journal, starts_of
 from moe.metering.nvml import NvmlBoards
 from moe.metering.report import Energy
 from moe.metering.trace_file import ReplayMeter, TraceWriter
 from moe.train.job_energy import JobEnergy
+from moe.train.loop import Progress, energy_record
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +172,72 @@ def test_counter_of_machines_that_never_moved_is_no_measured_zero(
         assert "too coarse" in alone.validity_detail
         node = beside.levels[1]
         assert (node.basis, node.energy_j, "too coarse" in node.source) == ("unknown", None, True)
+
+
+def one_start(folder: str, moves: int, total_j: float) -> tuple[float, Energy, Energy]:
+    """A start in which the counter of this rank's machine moves so often by 1 kJ.
+
+    Returns:
+        Joules of all starts; the report that knows earlier starts from the journal, and one that does not.
+    """
+    counter, run_dir = Path(command_of(folder)[1]), Path(folder, f"run{dist.get_rank()}")
+    run_dir.mkdir(exist_ok=True)
+    first_j = float(counter.read_text().split()[0])
+    meter = CommandMeter(command_of(folder), period_s=0.005)
+    energy, _ = open_energy(EnergySection(), meter)
+    for move in range(1, moves + 1):
+        counter.with_suffix(".new").write_text(f"{first_j + 1000 * move:.0f} J")
+        counter.with_suffix(".new").replace(counter)
+        deadline_s = time.monotonic() + 10
+        while meter.read().energy_j < 1000 * move:
+            assert time.monotonic() < deadline_s, move
+            time.sleep(0.002)
+    total_j += energy.read_j()
+    journal = EnergyJournal(run_dir)
+    journal.end(energy_record(Progress(energy_j=total_j), energy))
+    earlier_steps_j = starts_of(read_journal(run_dir)).steps_j[:-1]
+    report, alone = energy.report(total_j, earlier_steps_j=earlier_steps_j), energy.report(total_j)
+    energy.close()
+    return total_j, report, alone
+
+
+def test_counter_that_moved_in_an_earlier_start_alone_is_fine_enough(
+    two_machines: RankPool, tmp_path: Path
+) -> None:
+    for rank in range(2):
+        (tmp_path / f"machine{rank}").write_text("5000000 J")
+    total_j = 0.0
+    for moves, unsure_j in ((80, 2000), (0, 4000), (0, 6000)):
+        for spent_j, report, alone in two_machines.run(one_start, str(tmp_path), moves, total_j):
+            assert spent_j == 160_000
+            assert report.validity == ("unchecked" if unsure_j <= 0.03 * spent_j else "invalid")
+            assert ("unsure by inf J" in alone.validity_detail) == (moves == 0)
+        total_j = 160_000.0
+    assert "160000 J in all, unsure by 6000 J" in report.validity_detail
+
+
+class FailsRightAfterItsAudit(CommandMeter):
+    def audit(self) -> Audit:
+        audit = super().audit()
+        Path(self._argv[1]).unlink(missing_ok=True)
+        self._sampler._thread.join(timeout=10)
+        return audit
+
+
+def failed_while_it_closed(folder: str) -> Energy:
+    energy, _ = open_energy(EnergySection(), FailsRightAfterItsAudit(command_of(folder), period_s=0.005))
+    report = energy.report(5e6)
+    energy.close()
+    return report
+
+
+def test_counter_that_fails_while_the_run_closes_is_no_finer_for_it(
+    two_machines: RankPool, tmp_path: Path
+) -> None:
+    for rank in range(2):
+        (tmp_path / f"machine{rank}").write_text("5000000 J")
+    for report in two_machines.run(failed_while_it_closed, str(tmp_path)):
+        assert (report.validity, "unsure by inf J" in report.validity_detail) == ("invalid", True)
 
 
 def mixed(folder: str) -> Energy:

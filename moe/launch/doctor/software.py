@@ -33,7 +33,10 @@ def check_dispatcher(name: str) -> Check:
     try:
         found = import_library(name)
     except InputError as error:
-        return Check("dispatcher", "fail", f"parallel.dispatcher={name}: deep_ep not found", str(error))
+        cause = error.__cause__
+        absent = isinstance(cause, ModuleNotFoundError) and cause.name == "deep_ep"
+        found_what = "not found" if absent else "not usable"
+        return Check("dispatcher", "fail", f"parallel.dispatcher={name}: deep_ep {found_what}", str(error))
     return Check("dispatcher", "ok", f"parallel.dispatcher={name}: deep_ep {version_of(found)}")
 
 
