@@ -1,8 +1,7 @@
 """Experts, and rows, shared between threads of the CPU: each computes its own, alone.
 
 Threads that share one small product wait for each other at every step: slow, and very slow on a busy machine.
-Those of OpenMP also wait actively for milliseconds after it, and take that time from ours: the long sums
-after the experts' products are therefore shared out here, too.
+The long sums after the experts' products are shared out alike; that gained nothing that could be measured.
 """
 
 from __future__ import annotations
