@@ -22,8 +22,7 @@ def share_experts(work: Callable[[int, slice], None], experts: Iterable[Expert])
         work: must write memory that no other expert's call touches.
         experts: with their rows in expert order; those without rows left out.
     """
-    # The largest first, so that threads end together.
-    queue = sorted(experts, key=lambda expert: expert[1].start - expert[1].stop)
+    queue = largest_first(experts)
     num_threads, num_rows = torch.get_num_threads(), sum(rows.stop - rows.start for _, rows in queue)
     largest = queue[0][1].stop - queue[0][1].start if queue else 0
     # With a larger one, a thread would be left alone with it.
@@ -32,6 +31,11 @@ def share_experts(work: Callable[[int, slice], None], experts: Iterable[Expert])
             work(expert, rows)
         return
     _in_threads(work, queue, num_threads)
+
+
+def largest_first(experts: Iterable[Expert]) -> list[Expert]:
+    """The order in which `share_experts` hands experts out, so that threads end together."""
+    return sorted(experts, key=lambda expert: expert[1].start - expert[1].stop)
 
 
 def share_rows(work: Callable[[slice], None], num_rows: int) -> None:

@@ -3,22 +3,18 @@
 Shapes: T tokens, K top-k, N = T*K routed pairs, D model, F expert hidden, G = 2F, e experts, R rows of an
 expert.
 
-Products are in x's dtype, what is between them in fp32 (fp64). The rows of a token are added up at the end,
-in the order of its experts: every run has the same bits.
+Products are in x's dtype, what is between them in fp32 (fp64). Every run has the same bits.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe.kernels.expert_mlp.activation import activated, activation_backward, gated
-from moe.kernels.expert_mlp.threads import share_experts, share_rows
+from moe.kernels.expert_mlp.sums import Index, sum_of_experts
 from moe.kernels.expert_mlp.variant import PLAIN, Variant
 from moe.kernels.grouped_gemm.torch_backend import rows_of_experts
-
-Index = tuple[Tensor, Tensor, Tensor]
 
 
 def expert_mlp_fwd(
@@ -33,9 +29,8 @@ def expert_mlp_fwd(
     """y_TD and h_NG; contiguous inputs that `expert_mlp` has checked."""
     tokens_N, weights_N1 = _tokens_and_weights(weights_TK, index)
     h_NG = x_TD.new_empty(weights_TK.numel(), w_gate_up_eGD.shape[1])
-    y_ND = x_TD.new_empty(weights_TK.numel(), x_TD.shape[1])
 
-    def forward(expert: int, rows: slice) -> None:
+    def forward(expert: int, rows: slice, out: Tensor | None) -> Tensor:
         tokens_R, weights_R1 = tokens_N[rows], weights_N1[rows]
         h_RG = torch.mm(x_TD.index_select(0, tokens_R), w_gate_up_eGD[expert].T, out=h_NG[rows])
         if variant.biases is not None:
@@ -43,12 +38,12 @@ def expert_mlp_fwd(
         gate_RF, up_RF = h_RG.to(weights_TK.dtype).chunk(2, dim=1)
         # The weight scales A before the product instead of y after it: rows of A are shorter.
         a_RF = activated(gated(gate_RF, variant.activation), up_RF, variant.activation).mul_(weights_R1)
-        y_RD = torch.mm(a_RF.to(x_TD.dtype), w_down_eDF[expert].T, out=y_ND[rows])
+        y_RD = torch.mm(a_RF.to(x_TD.dtype), w_down_eDF[expert].T, out=out)
         if variant.biases is not None:
             y_RD += (weights_R1 * variant.biases[1][expert]).to(x_TD.dtype)
+        return y_RD
 
-    share_experts(forward, rows_of_experts(index[2]))
-    return _sum_of_pairs(y_ND, weights_TK, index), h_NG
+    return sum_of_experts(forward, x_TD, weights_TK, index), h_NG
 
 
 def expert_mlp_bwd(
@@ -64,10 +59,9 @@ def expert_mlp_bwd(
     tokens_N, weights_N1 = _tokens_and_weights(weights_TK, index)
     grad_gate_up_eGD, grad_down_eDF = (_zero_if_unused(w, index) for w in (w_gate_up_eGD, w_down_eDF))
     grad_biases = tuple(torch.zeros_like(bias) for bias in variant.biases or ())
-    grad_x_ND = x_TD.new_empty(weights_TK.numel(), x_TD.shape[1])
     grad_weights_N = weights_TK.new_zeros(weights_TK.numel())  # those of sentinels stay zero
 
-    def backward(expert: int, rows: slice) -> None:
+    def backward(expert: int, rows: slice, out: Tensor | None) -> Tensor:
         tokens_R, weights_R1 = tokens_N[rows], weights_N1[rows]
         grad_RD = grad_TD.index_select(0, tokens_R)
         # The gradient of A before the weight scales it: its product with A is the weight's gradient.
@@ -89,15 +83,14 @@ def expert_mlp_bwd(
         )
         grad_h_RG = grad_h_RG.to(x_TD.dtype)
         torch.mm(grad_h_RG.T, x_TD.index_select(0, tokens_R), out=grad_gate_up_eGD[expert])
-        torch.mm(grad_h_RG, w_gate_up_eGD[expert], out=grad_x_ND[rows])
         if variant.biases is not None:
             grad_weights_N[rows] += (grad_RD @ variant.biases[1][expert]).to(weights_TK.dtype)
             grad_biases[0][expert] = grad_h_RG.sum(dim=0)
             grad_biases[1][expert] = (grad_RD * weights_R1).sum(dim=0)
+        return torch.mm(grad_h_RG, w_gate_up_eGD[expert], out=out)
 
-    share_experts(backward, rows_of_experts(index[2]))
+    grad_x_TD = sum_of_experts(backward, x_TD, weights_TK, index)
     grad_weights_TK = grad_weights_N.index_select(0, index[1]).view_as(weights_TK)
-    grad_x_TD = _sum_of_pairs(grad_x_ND, weights_TK, index)
     return grad_x_TD, grad_gate_up_eGD, grad_down_eDF, grad_weights_TK, *grad_biases
 
 
@@ -114,16 +107,3 @@ def _zero_if_unused(weight: Tensor, index: Index) -> Tensor:
     for expert in set(range(len(weight))) - used:
         grad[expert] = 0
     return grad
-
-
-def _sum_of_pairs(y_ND: Tensor, weights_TK: Tensor, index: Index) -> Tensor:
-    """Sum of each token's rows, in fp32 or wider inside; rows of no expert count as zeros."""
-    _, inverse_N, ends_e = index
-    y_ND[int(ends_e[-1]) :] = 0
-    inverse_TK, y_TD = inverse_N.view(weights_TK.shape), y_ND.new_empty(len(weights_TK), y_ND.shape[1])
-
-    def add_up(tokens: slice) -> None:
-        y_TD[tokens] = F.embedding_bag(inverse_TK[tokens], y_ND, mode="sum")
-
-    share_rows(add_up, len(y_TD))
-    return y_TD

@@ -26,8 +26,11 @@ def faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-faults()
-print(faults())
+# glibc's memalign cuts a fragment off each block; until seven of a size lie in its thread cache, the freed
+# block may be too short for the next.
+for _ in range(16):
+    faults()
+print(max(faults() for _ in range(8)))
 """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from threading import current_thread
+from threading import Event, current_thread
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from routed_pairs import some_ids
 from torch import Tensor
 
 from moe.kernels.expert_mlp import expert_mlp
+from moe.kernels.expert_mlp.sums import sum_of_experts
 from moe.kernels.expert_mlp.threads import share_experts
 from moe.kernels.permute_index import permute_index
 
@@ -25,20 +26,41 @@ def restore_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def run(ids_TK: Tensor, num_threads: int) -> list[Tensor]:
+def run(ids_TK: Tensor, num_threads: int, dtype: torch.dtype) -> list[Tensor]:
     torch.set_num_threads(num_threads)
     generator = torch.Generator().manual_seed(0)
     shapes = ((T, D), (E, 2 * F, D), (E, D, F), (T, K))
-    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    dtypes = (dtype, dtype, dtype, torch.float32)
+    leaves = [
+        torch.randn(shape, generator=generator).to(kind).requires_grad_()
+        for shape, kind in zip(shapes, dtypes, strict=True)
+    ]
     y_TD = expert_mlp(*leaves, permute_index(ids_TK.flatten(), E), backend="torch")
     return [y_TD.detach(), *torch.autograd.grad(y_TD, leaves, torch.ones_like(y_TD))]
 
 
-def test_any_number_of_threads_gives_the_same_bits():
-    alone = run(some_ids(T, E, K), 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # their sums are made in different ways
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype):
+    alone = run(some_ids(T, E, K), 1, dtype)
     for num_threads in (2, 3):
-        assert all(map(torch.equal, alone, run(some_ids(T, E, K), num_threads)))
+        assert all(map(torch.equal, alone, run(some_ids(T, E, K), num_threads, dtype)))
         assert torch.get_num_threads() == num_threads
+
+
+def test_rows_are_added_in_order_though_the_first_come_last():
+    torch.set_num_threads(2)
+    late, ids_TK = Event(), torch.arange(3).expand(4, 3)
+    values = {0: 1e8, 1: -1e8, 2: 1.0}  # 1.0 in this order, 0.0 if the first is added last
+
+    def work(expert: int, rows: slice, _: Tensor | None) -> Tensor:
+        if expert == 0:
+            assert late.wait(10)
+        elif expert == 2:
+            late.set()
+        return torch.full((rows.stop - rows.start, 5), values[expert])
+
+    sums_TD = sum_of_experts(work, torch.empty(4, 5), torch.empty(4, 3), permute_index(ids_TK.flatten(), 3))
+    assert torch.equal(sums_TD, torch.ones(4, 5))
 
 
 def test_every_expert_is_computed_once_by_threads_that_are_alone():
