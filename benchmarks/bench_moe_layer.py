@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ OURS = "moe"
 IMPLEMENTATIONS: dict[str, Callable[[Problem], Variant]] = {
     OURS: ours,
     "moe_fp8": ours_fp8,
+    "moe_fp8_wide_into_activation": partial(ours_fp8, wide_into_activation=True),
     "torch_grouped_mm": torch_grouped_mm,
     **RIVALS,
 }
@@ -62,9 +64,7 @@ def main() -> int:
     for shape in shapes_of(args.device, args.shape, args.set):
         progress(f"{shape} {dtype} on {device_name(args.device)}")
         try:
-            rows += bench(
-                shape, dtype, args.device, names=names, seconds=args.seconds, joules_s=args.joules_seconds
-            )
+            rows += bench(shape, dtype, args, names=names)
         except torch.cuda.OutOfMemoryError as error:
             progress(f"{shape} does not fit: {str(error).splitlines()[0]}")
         if args.json:  # after every shape: who is stopped early keeps what was measured
@@ -95,23 +95,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--joules-seconds", type=float, default=2.0, help="of running, for each number of joules; 0: none"
     )
+    parser.add_argument(
+        "--freed-memory",
+        choices=("kept", "glibc"),
+        default="kept",
+        help="on a CPU: reused, for all alike, or left to the allocator, whose luck is then timed, too",
+    )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     return parser
 
 
-def bench(
-    shape: Shape, dtype: str, device: str, *, names: list[str], seconds: float, joules_s: float
-) -> list[Row]:
+def bench(shape: Shape, dtype: str, args: argparse.Namespace, *, names: list[str]) -> list[Row]:
     """Rows of one shape, three an implementation; rivals that are not here have none."""
+    device, keep_freed = args.device, args.freed_memory == "kept"
     problem = make_problem(shape, DTYPES[dtype], device)
     runners, wrong = gate(problem, names)
     steps: dict[str, Step] = {ROOF: dense_products(problem)} | {
         name: runner.step for name, runner in runners.items()
     }
     progress(f"  timing {', '.join(steps)}")
-    samples = time_interleaved_ms(steps, budget_s=seconds, device=device)
+    samples = time_interleaved_ms(steps, budget_s=args.seconds, device=device, keep_freed=keep_freed)
     peak = peak_on(device, dtype)
-    joules = layer_joules(steps, runners, seconds=joules_s, device=device)
+    joules = layer_joules(steps, runners, seconds=args.joules_seconds, device=device)
     rows = [
         {
             "impl": name,
@@ -132,7 +137,7 @@ def bench(
         for name, why in wrong.items()
         for direction in DIRECTIONS
     ]
-    where = stamp(device)
+    where = stamp(device) | ({"freed_memory": args.freed_memory} if device == "cpu" else {})
     return [row | {"stamp": where} for row in rows]
 
 
@@ -144,7 +149,7 @@ def gate(problem: Problem, names: Sequence[str]) -> tuple[dict[str, Runner], dic
         try:
             runner = Runner(problem, IMPLEMENTATIONS[name](problem))
             verdicts = judge(problem, runner.results())
-            complaint = complaints(verdicts, runner.variant.products or problem.x_TD.dtype)
+            complaint = complaints(verdicts, problem.x_TD.dtype, runner.variant.fp8_products)
         except (NotHereError, torch.cuda.OutOfMemoryError) as error:
             progress(f"  {name}: left out: {_first_line(error)}")
             continue

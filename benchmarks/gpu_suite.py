@@ -34,7 +34,16 @@ GRACE_S = 10.0
 LEAST_S = 10.0
 TAIL_CHARACTERS = 4000
 # A loop over experts takes seconds with 512 of them.
-QUICK = ("moe_fp8", "torch_grouped_mm", "hf_grouped_mm", "liger", "sonicmoe", "scattermoe", "megablocks")
+QUICK = (
+    "moe_fp8",
+    "moe_fp8_wide_into_activation",
+    "torch_grouped_mm",
+    "hf_grouped_mm",
+    "liger",
+    "sonicmoe",
+    "scattermoe",
+    "megablocks",
+)
 TESTS = ("tests/kernels", "tests/layer/test_moe_layer.py", "tests/benchmarks/test_tune_tiles.py")
 
 

@@ -46,7 +46,9 @@ def whole(call: Callable[[], object]) -> Step:
     return step
 
 
-def time_interleaved_ms(steps: Mapping[Name, Step], *, budget_s: float, device: str) -> dict[Name, Samples]:
+def time_interleaved_ms(
+    steps: Mapping[Name, Step], *, budget_s: float, device: str, keep_freed: bool = True
+) -> dict[Name, Samples]:
     """Milliseconds of the parts of each step.
 
     The steps take turns, so that a noisy machine is noisy for all of them.
@@ -55,8 +57,9 @@ def time_interleaved_ms(steps: Mapping[Name, Step], *, budget_s: float, device: 
         steps: by name; each is called once before it is timed.
         budget_s: seconds for all of them together; each runs at least MIN_REPEATS times.
         device: `cuda` times by events on the GPU, whose cache is emptied before each call.
+        keep_freed: on a CPU, the process reuses what it frees, from here on.
     """
-    if device == "cpu":
+    if device == "cpu" and keep_freed:
         keep_freed_memory()
     lap = _cuda_lap() if device == "cuda" else _cpu_lap
     for step in steps.values():

@@ -142,7 +142,10 @@ def cpu_block(path: Path) -> str:
     rows = json.loads(path.read_text(encoding="utf-8"))
     where = rows[0]["stamp"]
     threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
-    return f"{caption(where, path.name, f'CPU, {threads}')}\n\n{table(rows, CPU_COLUMNS)}"
+    memory = (
+        "freed memory kept" if where["freed_memory"] == "kept" else f"memory as {where['freed_memory']} does"
+    )
+    return f"{caption(where, path.name, f'CPU, {threads}, {memory}')}\n\n{table(rows, CPU_COLUMNS)}"
 
 
 def gpu_block(path: Path) -> str:

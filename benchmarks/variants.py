@@ -27,13 +27,13 @@ class Variant:
         parameters: the weights in its own layout, each of which gets a gradient.
         forward: y of x and the combine weights; it knows the expert ids.
         ours: gradients of the parameters as those of w_gate_up and w_down.
-        products: dtype of the products' operands, if it is not the problem's.
+        fp8_products: of 8-bit operands, whose errors add up one after another.
     """
 
     parameters: Sequence[Tensor]
     forward: Callable[[Tensor, Tensor], Tensor]
     ours: Callable[..., tuple[Tensor, Tensor]] = lambda gate_up, down: (gate_up, down)
-    products: torch.dtype | None = None
+    fp8_products: int = 0
 
 
 class Runner:
@@ -92,25 +92,28 @@ class Runner:
         return sum(kept.values())
 
 
-def ours(problem: Problem, *, precision: str = "wide") -> Variant:
+def ours(problem: Problem, *, precision: str = "wide", wide_into_activation: bool = False) -> Variant:
     """JouleMoE from the expert ids on: the index of the pairs, then expert_mlp."""
+    options = {"precision": precision, "wide_into_activation": wide_into_activation}
     ids_N = problem.ids_TK.flatten()
     gate_up, down = leaves_of(problem.w_gate_up_EGD, problem.w_down_EDF)
 
     def forward(x_TD: Tensor, weights_TK: Tensor) -> Tensor:
         index = permute_index(ids_N, problem.shape.E)
-        return expert_mlp(x_TD, gate_up, down, weights_TK, index, precision=precision)
+        return expert_mlp(x_TD, gate_up, down, weights_TK, index, **options)
 
-    return Variant((gate_up, down), forward, products=None if precision == "wide" else torch.float8_e4m3fn)
+    in_a_row = 0 if precision == "wide" else 1 if wide_into_activation else 3
+    return Variant((gate_up, down), forward, fp8_products=in_a_row)
 
 
-def ours_fp8(problem: Problem) -> Variant:
-    """The same with FP8 products: blocks of 128 on H100 and H200, MXFP8 from B200 on."""
+def ours_fp8(problem: Problem, *, wide_into_activation: bool = False) -> Variant:
+    """The same with FP8 products: blocks of 128 on H100 and H200, MXFP8 from B200 on; all six, or four."""
     if not problem.x_TD.is_cuda:
         raise NotHereError("it is measured on CUDA only; a CPU emulates FP8")
     if problem.x_TD.dtype != torch.bfloat16:
         raise NotHereError(f"it is measured on bf16, not on {problem.x_TD.dtype}")
-    return ours(problem, precision="fp8" if torch.cuda.get_device_capability()[0] < 10 else "mxfp8")
+    precision = "fp8" if torch.cuda.get_device_capability()[0] < 10 else "mxfp8"
+    return ours(problem, precision=precision, wide_into_activation=wide_into_activation)
 
 
 def torch_grouped_mm(problem: Problem) -> Variant:

@@ -28,7 +28,7 @@ ROUTINGS = {
     "hot_expert": (4, torch.tensor([[2, 0]] + [[2, 3]] * 40 + [[1, 2]])),
     "uneven_16": (16, some_ids(31, 16, 3)),
     "all_experts": (4, some_ids(9, 4, 4)),
-    "mostly_empty_100": (100, some_ids(20, 100, 2)),
+    "mostly_empty_37": (37, some_ids(8, 37, 2)),
     "sentinels": (5, with_sentinels(some_ids(37, 5, 2), 3)),
     "only_sentinels": (3, torch.full((4, 2), -1)),
     "no_tokens": (3, torch.empty(0, 2, dtype=torch.int64)),

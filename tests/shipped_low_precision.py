@@ -34,17 +34,21 @@ from moe.kernels.quantize.formats import FORMATS, ROW_TILE
 DEEPSEEK = Shape("DeepSeek-V3", 16384, 7168, 2048, 256, 8)
 FEW_TOKENS = Shape("DeepSeek-V3, 1024 tokens", 1024, 7168, 2048, 256, 8)
 SMALL = Shape("64 columns", 4096, 64, 128, 8, 2)
+WIDE_STEP = 64  # of a sum of wide operands
 # A number is loaded and stored with its neighbours, and F2FP converts two at once: no slow path for FP8.
 IN_ONE_GO = ("LDG.E.128", "STG.E.128", "F2FP")
 
 
 def asked() -> Iterator[Asked]:
-    """Each format where it runs, H as it is and compressed."""
+    """Each format where it runs, H as it is and compressed, and with wide products into the activation."""
     yield from fp8(TYPICAL, 90, compress_h=False)
     yield from fp8(DEEPSEEK, 90, compress_h=True)
     yield from fp8(TYPICAL, 100, compress_h=False)
     yield from mxfp8(TYPICAL, compress_h=False)
     yield from mxfp8(DEEPSEEK, compress_h=True)
+    yield from fp8_activation(DEEPSEEK, 90, wide=True)
+    yield from fp8_activation(DEEPSEEK, 100, wide=True)
+    yield from mxfp8_activation(DEEPSEEK, wide=True)
     for shape in (FEW_TOKENS, SMALL):  # tiles of other sizes
         yield fp8_gemm("Y = A W2", shape, (shape.D, shape.F), 90)
     yield fp8_wgrad("dW2", SMALL, (64, 64), 90)
@@ -61,6 +65,13 @@ def with_scales(*names: str, scales: str) -> dict[str, object]:
     return {key: kind for pair in pairs for key, kind in zip(pair, (FP8, scales), strict=True)}
 
 
+def operands(*names: str, scales: str, wide: bool) -> dict[str, object]:
+    """The same, or in bf16 without scales."""
+    if not wide:
+        return with_scales(*names, scales=scales)
+    return {f"p_{name}": BF16 for name in names} | {f"p_{name}_scales": None for name in names}
+
+
 def saved_h(scales: str, *, compress_h: bool) -> dict[str, object]:
     return {"p_h": FP8, "p_h_scales": scales} if compress_h else {"p_h": BF16, "p_h_scales": None}
 
@@ -68,24 +79,34 @@ def saved_h(scales: str, *, compress_h: bool) -> dict[str, object]:
 def fp8(shape: Shape, capability: int, *, compress_h: bool) -> Iterator[Asked]:
     """Every product, scales of a power of two where H is compressed."""
     D, F = shape.D, shape.F
-    h = saved_h(FP32, compress_h=compress_h)
-    sizes = {"TOP_K": shape.K, "D": D, "F": F, "POWER_OF_TWO": compress_h}
-    by_rows, by_columns = squares(2 * F, D), squares(F, D, transposed=True)
-    up = with_scales("x", "w", "a", scales=FP32) | h | INDEX | sizes
-    up |= {"W_STRIDES": by_rows} | fp8_experts.UP_TILE
-    grad_h = with_scales("grad", "w", "rows", "columns", "a", scales=FP32) | h | INDEX | sizes
-    grad_h |= {"p_weights": FP32, "p_partials": FP32, "num_tiles": "i32", "W_STRIDES": by_columns}
-    grad_h |= fp8_experts.GRAD_H_TILE
-    for name, kind, arguments, tile in (
-        ("H = X W1, A", "up", up, (fp8_experts.UP_TILE["BLOCK_M"], 2 * ROW_TILE, ROW_TILE)),
-        ("dH, A', dS", "grad_h", grad_h, (ROW_TILE,) * 3),
-    ):
-        found = request("expert_mlp/fp8_kernel.py", f"fp8_{kind}_kernel", arguments, capability)
-        yield product(name, shape, "fp8", found, tile)
+    yield from fp8_activation(shape, capability, compress_h=compress_h)
     yield fp8_gemm("Y = A W2", shape, (D, F), capability)
     yield fp8_gemm("dX = dH W1", shape, (D, 2 * F), capability, transposed=True)
     yield fp8_wgrad("dW2", shape, (D, F), capability)
     yield fp8_wgrad("dW1", shape, (2 * F, D), capability)
+
+
+def fp8_activation(
+    shape: Shape, capability: int, *, compress_h: bool = False, wide: bool = False
+) -> Iterator[Asked]:
+    """The two products with the activation."""
+    D, F = shape.D, shape.F
+    both = saved_h(FP32, compress_h=compress_h) | INDEX | {"TOP_K": shape.K, "D": D, "F": F}
+    both |= {"POWER_OF_TWO": compress_h}
+    up_tile = fp8_experts.WIDE_UP_TILE if wide else fp8_experts.UP_TILE
+    up = operands("x", "w", scales=FP32, wide=wide) | with_scales("a", scales=FP32) | both | up_tile
+    up |= {"W_STRIDES": (2 * F * D, D, 1) if wide else squares(2 * F, D)}
+    grad_h = operands("grad", "w", scales=FP32, wide=wide) | both | fp8_experts.GRAD_H_TILE
+    grad_h |= with_scales("rows", "columns", "a", scales=FP32)
+    grad_h |= {"p_weights": FP32, "p_partials": FP32, "num_tiles": "i32"}
+    grad_h |= {"W_STRIDES": (D * F, 1, F) if wide else squares(F, D, transposed=True)}
+    dtype, step = ("bf16", WIDE_STEP) if wide else ("fp8", ROW_TILE)
+    for name, kind, arguments, tile in (
+        ("H = X W1, A", "up", up, (up_tile["BLOCK_M"], 2 * ROW_TILE, step)),
+        ("dH, A', dS", "grad_h", grad_h, (ROW_TILE, ROW_TILE, step)),
+    ):
+        found = request("expert_mlp/fp8_kernel.py", f"fp8_{kind}_kernel", arguments, capability)
+        yield product(name, shape, dtype, found, tile)
 
 
 def fp8_gemm(
@@ -115,28 +136,42 @@ def fp8_wgrad(name: str, shape: Shape, sizes: tuple[int, int], capability: int) 
 def mxfp8(shape: Shape, *, compress_h: bool) -> Iterator[Asked]:
     """Every product, on sm_100."""
     D, F, E = shape.D, shape.F, shape.E
-    h, w = saved_h(BYTES, compress_h=compress_h), with_scales("w", scales=BYTES)
-    up = with_scales("x", "a", scales=BYTES) | w | h | INDEX | mx_experts.UP_TILE
-    up |= {"TOP_K": shape.K, "D": D, "F": F, "W_STRIDES": by_rows(2 * F, D)}
-    grad_h = with_scales("grad", "rows", "columns", "a", scales=BYTES) | w | h | INDEX
-    grad_h |= {"p_weights": FP32, "p_partials": FP32, "num_tiles": "i32"} | mx_experts.GRAD_H_TILE
-    grad_h |= {"TOP_K": shape.K, "D": D, "F": F, "W_STRIDES": by_columns(D, E)}
-    gemm = with_scales("a", scales=BYTES) | w | {"p_out": BF16, "TOP_K": 1} | INDEX | {"p_order": None}
+    up, grad_h = mxfp8_activation(shape, compress_h=compress_h)
+    gemm = with_scales("a", "w", scales=BYTES) | {"p_out": BF16, "TOP_K": 1} | INDEX | {"p_order": None}
     gemm |= mx_products.TILE
     wgrad = with_scales("left", "right", scales=BYTES) | {"p_out": BF16, "p_ends": INT32, "num_tiles": "i32"}
     wgrad |= {"E": E, "E_PAD": E} | mx_products.TILE
     down, back = {"K": F, "W_STRIDES": by_rows(D, F)}, {"K": 2 * F, "W_STRIDES": by_columns(2 * F, E)}
-    for name, folder, kind, arguments in (
-        ("H = X W1, A", "expert_mlp", "up", up),
-        ("Y = A W2", "grouped_gemm", "gemm", gemm | down | {"N": D}),
-        ("dH, A', dS", "expert_mlp", "grad_h", grad_h),
-        ("dX = dH W1", "grouped_gemm", "gemm", gemm | back | {"N": D}),
-        ("dW2", "grouped_gemm", "wgrad", wgrad | {"M": D, "N": F}),
-        ("dW1", "grouped_gemm", "wgrad", wgrad | {"M": 2 * F, "N": D}),
-    ):
-        found = request(f"{folder}/mx_kernel.py", f"mx_{kind}_kernel", arguments, 100)
+    yield up
+    yield mx_product("Y = A W2", shape, "gemm", gemm | down | {"N": D})
+    yield grad_h
+    yield mx_product("dX = dH W1", shape, "gemm", gemm | back | {"N": D})
+    yield mx_product("dW2", shape, "wgrad", wgrad | {"M": D, "N": F})
+    yield mx_product("dW1", shape, "wgrad", wgrad | {"M": 2 * F, "N": D})
+
+
+def mx_product(name: str, shape: Shape, kind: str, arguments: dict[str, object]) -> Asked:
+    found = request("grouped_gemm/mx_kernel.py", f"mx_{kind}_kernel", arguments, 100)
+    tile = (mx_products.TILE["BLOCK_M"], mx_products.TILE["BLOCK_N"], ROW_TILE)
+    return product(name, shape, "mxfp8", found, tile)
+
+
+def mxfp8_activation(shape: Shape, *, compress_h: bool = False, wide: bool = False) -> Iterator[Asked]:
+    """The two products with the activation, on sm_100."""
+    D, F = shape.D, shape.F
+    both = saved_h(BYTES, compress_h=compress_h) | INDEX | {"TOP_K": shape.K, "D": D, "F": F}
+    up = operands("x", "w", scales=BYTES, wide=wide) | both | mx_experts.UP_TILE
+    up |= with_scales("a", scales=BYTES)
+    up |= {"W_STRIDES": (2 * F * D, D, 1) if wide else by_rows(2 * F, D)}
+    grad_h = operands("grad", "w", scales=BYTES, wide=wide) | both | mx_experts.GRAD_H_TILE
+    grad_h |= with_scales("rows", "columns", "a", scales=BYTES)
+    grad_h |= {"p_weights": FP32, "p_partials": FP32, "num_tiles": "i32"}
+    grad_h |= {"W_STRIDES": (D * F, 1, F) if wide else by_columns(D, shape.E)}
+    dtype, step = ("bf16", WIDE_STEP) if wide else ("mxfp8", ROW_TILE)
+    for name, kind, arguments in (("H = X W1, A", "up", up), ("dH, A', dS", "grad_h", grad_h)):
+        found = request("expert_mlp/mx_kernel.py", f"mx_{kind}_kernel", arguments, 100)
         blocks = (arguments.get(f"BLOCK_{side}", ROW_TILE) for side in "MN")
-        yield product(name, shape, "mxfp8", found, (*blocks, ROW_TILE))
+        yield product(name, shape, dtype, found, (*blocks, step))
 
 
 def by_rows(N: int, K: int) -> tuple[int, int, int, int]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe.kernels.expert_mlp.activation import ACTIVATIONS
 from moe.kernels.expert_mlp.variant import Variant
+from moe.kernels.quantize.formats import FORMATS
 
 DTYPES = {
     "torch": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -81,6 +82,20 @@ def check_variant(variant: Variant, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, p
     if shapes != expected or dtypes != {w_down_eDF.dtype}:
         found = f"{', '.join(map(str, dtypes))} of {shapes}"
         raise ValueError(f"biases must be {w_down_eDF.dtype} of shapes {expected}, got {found}")
+
+
+def check_low_precision(precision: str, *, compress_h: bool, wide_into_activation: bool) -> None:
+    """Options of precisions that quantise."""
+    options = {"compress_h": compress_h, "wide_into_activation": wide_into_activation}
+    chosen = [name for name, is_on in options.items() if is_on]
+    if chosen and precision == "wide":
+        raise ValueError(
+            f"{' with '.join(chosen)} needs a precision of {', '.join(FORMATS)}, got {precision!r}"
+        )
+    if len(chosen) > 1:
+        raise ValueError(
+            "compress_h rounds the h that wide_into_activation keeps wide; leave out one of the two"
+        )
 
 
 def check_main_grads(

@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 
 from moe.kernels.grouped_gemm.fp8_kernel import BLOCK, scaled_row_products
-from moe.kernels.grouped_gemm.triton_kernel import eighths, gathered, tile_rows
+from moe.kernels.grouped_gemm.triton_kernel import eighths, gathered, row_products, tile_rows
 from moe.kernels.quantize.triton_kernel import magnitude_bits, scales_of
 
 # Not tuned on a GPU yet; the largest that the scaled sums and the epilogues leave registers for.
 UP_TILE = {"BLOCK_M": 64, "num_warps": 8, "num_stages": 4}
+WIDE_UP_TILE = {"BLOCK_M": 128, "num_warps": 8, "num_stages": 4}  # no scaled sum beside the tensor core's
 GRAD_H_TILE = {"num_warps": 8, "num_stages": 4}
 
 
@@ -47,7 +48,7 @@ def fp8_up_kernel(
     """h[r] = x[token of r] @ w[expert]^T, and a[r] = silu(gate) * up quantised. Grid as in up_kernel.
 
     A tile has one block of gate's columns and the same of up's, in turn, so that a thread that has one number
-    has the other. With p_h_scales, h is quantised too.
+    has the other. With p_h_scales, h is quantised too; without p_x_scales, x and w are wide.
     """
     tiles_F: tl.constexpr = F // BLOCK
     expert, o_M, m_M = tile_rows(p_ends, p_map, tl.program_id(0) // tiles_F, BLOCK_M)
@@ -55,21 +56,20 @@ def fp8_up_kernel(
         return
     i_F = tl.program_id(0) % tiles_F
     o_N = tl.arange(0, 2 * BLOCK)
-    b_h = scaled_row_products(
+    b_h = products(
         p_x,
         p_x_scales,
-        p_w + expert * (2 * F * D),
-        p_w_scales + expert * W_STRIDES[0],
+        p_w,
+        p_w_scales,
+        expert,
         gathered(p_order, o_M, m_M, TOP_K),
         m_M,
         i_F * BLOCK + o_N // 2 + o_N % 2 * F,
-        o_N >= 0,
-        W_STRIDES[1],
-        W_STRIDES[2],
+        2 * F,
         D,
+        W_STRIDES,
         BLOCK_M,
         2 * BLOCK,
-        ONE_BLOCK=False,
     )
     b_gate, b_up = tl.split(tl.reshape(b_h.to(tl.bfloat16), (BLOCK_M, BLOCK, 2)))
     # The activation is that of the rounded values, those that the backward will have.
@@ -77,6 +77,62 @@ def fp8_up_kernel(
     b_up = store_rows(p_h, p_h_scales, b_up, o_M, m_M, i_F + tiles_F, 2 * F, POWER_OF_TWO)
     b_a = b_gate / (1 + tl.exp(-b_gate)) * b_up
     store_rows(p_a, p_a_scales, b_a, o_M, m_M, i_F, F, POWER_OF_TWO)
+
+
+@triton.jit
+def products(
+    p_a,
+    p_a_scales,
+    p_w,
+    p_w_scales,
+    expert,
+    o_rows,
+    m_rows,
+    o_columns,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    W_STRIDES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """fp32 [BLOCK_M, BLOCK_N]: rows of a [., K] times columns of the expert's weight, which has N.
+
+    Of wide operands, which have no scales, W_STRIDES are those of `wide_weight`.
+    """
+    m_columns = o_columns >= 0
+    if p_a_scales is None:
+        b_sum = row_products(
+            p_a,
+            p_w + expert * (N * K),
+            o_rows,
+            m_rows,
+            o_columns,
+            m_columns,
+            W_STRIDES[1],
+            W_STRIDES[2],
+            K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K=64,
+        )
+    else:
+        b_sum = scaled_row_products(
+            p_a,
+            p_a_scales,
+            p_w + expert * (N * K),
+            p_w_scales + expert * W_STRIDES[0],
+            o_rows,
+            m_rows,
+            o_columns,
+            m_columns,
+            W_STRIDES[1],
+            W_STRIDES[2],
+            K,
+            BLOCK_M,
+            BLOCK_N,
+            ONE_BLOCK=BLOCK_N <= BLOCK,
+        )
+    return b_sum
 
 
 @triton.jit
@@ -127,7 +183,7 @@ def fp8_grad_h_kernel(
 ):
     """Gradient dH by rows and columns, A' = s * A by columns, and each tile's part of dS [N, F / 128].
 
-    Grid as in grad_h_kernel; `num_tiles` is P / 128.
+    Grid as in grad_h_kernel; `num_tiles` is P / 128. Without p_grad_scales, grad and w are wide.
     """
     tiles_F: tl.constexpr = F // BLOCK
     i_tile = tl.program_id(0) // tiles_F
@@ -137,21 +193,20 @@ def fp8_grad_h_kernel(
     i_F = tl.program_id(0) % tiles_F
     o_F = i_F * BLOCK + tl.arange(0, BLOCK)
     o_pairs = tl.load(p_order + o_M, mask=m_M, other=0)
-    b_grad_a = scaled_row_products(
+    b_grad_a = products(
         p_grad,
         p_grad_scales,
-        p_w + expert * (D * F),
-        p_w_scales + expert * W_STRIDES[0],
+        p_w,
+        p_w_scales,
+        expert,
         o_pairs // TOP_K,
         m_M,
         o_F,
-        o_F >= 0,
-        W_STRIDES[1],
-        W_STRIDES[2],
+        F,
         D,
+        W_STRIDES,
         BLOCK,
         BLOCK,
-        ONE_BLOCK=True,
     )
     b_weights = tl.load(p_weights + o_pairs, mask=m_M, other=0.0)
     # An eighth at a time: gate, up and what comes of them do not fit in registers beside a whole tile. The

@@ -20,8 +20,10 @@ def expert_mlp_low_precision(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     index: tuple[Tensor, Tensor, Tensor],
     precision: str,
-    compress_h: bool,
     backend: str,
+    *,
+    compress_h: bool,
+    wide_into_activation: bool,
 ) -> Tensor:
     """Contract of `expert_mlp`, whose first four arguments are the inputs.
 
@@ -29,14 +31,19 @@ def expert_mlp_low_precision(
         inputs: x_TD, the weights of gate and up and of down, and the combine weights.
         index: as there.
         precision: a format of `quantize_rows`.
-        compress_h: as there.
         backend: `triton` or `torch`.
+        compress_h: as there.
+        wide_into_activation: as there.
 
     Raises:
         ValueError: the backend has no such precision, or not for these sizes or this dtype.
     """
     x_TD, _, w_down_eDF, _ = inputs
     format_named(precision)
+    if x_TD.dtype == torch.float64:
+        raise ValueError(
+            f"precision={precision!r} takes at most float32, got {x_TD.dtype}; use precision='wide'"
+        )
     if backend == "triton":
         _check_triton(x_TD, precision)
     _, D, F = w_down_eDF.shape
@@ -45,7 +52,7 @@ def expert_mlp_low_precision(
             f"precision={precision!r} needs an expert hidden size that is a multiple of {ROW_TILE} and a "
             f"model size that is one of {ALIGNMENT}, got {F} and {D}"
         )
-    y_TD, *_ = _forward(*inputs, *index, precision, compress_h, backend)
+    y_TD, *_ = _forward(*inputs, *index, precision, compress_h, wide_into_activation, backend)
     return y_TD  # type: ignore[no-any-return]
 
 
@@ -73,6 +80,7 @@ def _forward(  # noqa: PLR0917 - an operator's schema
     ends_e: Tensor,
     precision: str,
     compress_h: bool,
+    wide_into_activation: bool,
     backend: str,
 ) -> list[Tensor]:
     """y_TD, and what the backward needs of H, `SavedH`; rows of sentinels mean nothing there."""
@@ -81,6 +89,7 @@ def _forward(  # noqa: PLR0917 - an operator's schema
         (order_N.contiguous(), inverse_N.contiguous(), ends_e.contiguous()),
         format=precision,
         compress_h=compress_h,
+        wide_into_activation=wide_into_activation,
     )
     return [y_TD, *(tensor for tensor in h if tensor is not None)]
 
@@ -96,7 +105,7 @@ def _(
     _ends: Tensor,
     precision: str,
     compress_h: bool,
-    _backend: str,
+    *_options: object,
 ) -> list[Tensor]:
     y_TD, (N, G) = x_TD.new_empty(x_TD.shape), (weights_TK.numel(), w_gate_up_eGD.shape[1])
     if not compress_h:
@@ -118,6 +127,7 @@ def _backward(  # noqa: PLR0917 - an operator's schema
     ends_e: Tensor,
     h: list[Tensor],
     precision: str,
+    wide_into_activation: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, the two weights of the experts, and the combine weights."""
@@ -127,6 +137,7 @@ def _backward(  # noqa: PLR0917 - an operator's schema
         (order_N.contiguous(), inverse_N.contiguous(), ends_e.contiguous()),
         SavedH(h[0], h[1] if len(h) == 2 else None),
         format=precision,
+        wide_into_activation=wide_into_activation,
     )
 
 
@@ -150,7 +161,8 @@ def _implementation(backend: str) -> ModuleType:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tensors, ctx.precision, _, ctx.backend = inputs
+    *tensors, precision, _, wide_into_activation, backend = inputs
+    ctx.options = precision, wide_into_activation, backend
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # h has no gradient: no zeros of its size
     ctx.save_for_backward(*tensors, *output[1:])
@@ -159,10 +171,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     grad_TD = grads[0]
     if grad_TD is None:
-        return (None,) * 10
+        return (None,) * 11
     saved = ctx.saved_tensors  # once: under checkpointing each look unpacks
-    gradients = _backward(grad_TD, *saved[:7], list(saved[7:]), ctx.precision, ctx.backend)
-    return *gradients, *(None,) * 6
+    gradients = _backward(grad_TD, *saved[:7], list(saved[7:]), *ctx.options)
+    return *gradients, *(None,) * 7
 
 
 _forward.register_autograd(_gradient, setup_context=_setup_context)

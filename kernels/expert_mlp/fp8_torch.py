@@ -32,18 +32,20 @@ def expert_mlp_fwd(
     *,
     format: str,
     compress_h: bool,
+    wide_into_activation: bool,
 ) -> tuple[Tensor, SavedH]:
     """y_TD and h; inputs that `expert_mlp` has checked. Uncompressed, h has no scales."""
     order_N, _, ends_e = index
     kind, dtype = FORMATS[format], x_TD.dtype
-    x_by_rows_TD = _rows(x_TD, kind)
+    kind_of_h = None if wide_into_activation else kind
+    x_by_rows_TD = _rows(x_TD, kind_of_h)
     # Rows of sentinels are zeros.
     wide_h_NG = x_by_rows_TD.new_zeros(weights_TK.numel(), w_gate_up_eGD.shape[1])
     y_TD = torch.zeros_like(x_by_rows_TD)
     for expert, rows in rows_of_experts(ends_e):
         pairs_R = order_N[rows]
         tokens_R = pairs_R // weights_TK.shape[1]
-        wide_h_NG[rows] = x_by_rows_TD[tokens_R] @ _weight(w_gate_up_eGD[expert], 1, kind).T
+        wide_h_NG[rows] = x_by_rows_TD[tokens_R] @ _weight(w_gate_up_eGD[expert], 1, kind_of_h).T
         h = _saved(wide_h_NG[rows], dtype, kind if compress_h else None)
         # The activation is that of the rounded values, those that the backward will have.
         gate_RF, up_RF = _restored(h, kind).chunk(2, dim=-1)
@@ -60,13 +62,15 @@ def expert_mlp_bwd(
     h: SavedH,
     *,
     format: str,
+    wide_into_activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the forward's first four arguments, `inputs`."""
     x_TD, w_gate_up_eGD, w_down_eDF, weights_TK = inputs
     order_N, _, ends_e = index
     kind, dtype = FORMATS[format], x_TD.dtype
+    kind_of_grad_a = None if wide_into_activation else kind
     h_NG = _restored(h, kind)
-    grad_by_rows_TD = _rows(grad_TD, kind)
+    grad_by_rows_TD = _rows(grad_TD, kind_of_grad_a)
     grad_x_TD = torch.zeros_like(grad_by_rows_TD)
     grad_gate_up_eGD, grad_down_eDF = torch.zeros_like(w_gate_up_eGD), torch.zeros_like(w_down_eDF)
     grad_weights_TK = torch.zeros_like(weights_TK)
@@ -78,7 +82,7 @@ def expert_mlp_bwd(
         sigmoid_RF = gate_RF.sigmoid()
         silu_RF = gate_RF * sigmoid_RF
         a_RF = silu_RF * up_RF
-        grad_a_RF = grad_by_rows_TD[tokens_R] @ _weight(w_down_eDF[expert], 0, kind)
+        grad_a_RF = grad_by_rows_TD[tokens_R] @ _weight(w_down_eDF[expert], 0, kind_of_grad_a)
         grad_weights_TK.view(-1)[pairs_R] = (grad_a_RF * a_RF).sum(dim=1)
         scaled_a_RF = _columns(a_RF * weights_R1, kind)
         grad_down_eDF[expert] = (_columns(grad_TD[tokens_R], kind).T @ scaled_a_RF).to(dtype)
@@ -103,18 +107,20 @@ def _restored(h: SavedH, kind: Format) -> Tensor:
     return h.values.float() if h.scales is None else dequantize_rows(h.values, h.scales, kind)
 
 
-def _rows(x_RC: Tensor, kind: Format) -> Tensor:
-    """What a product that sums over columns sees of x, in fp32."""
+def _rows(x_RC: Tensor, kind: Format | None) -> Tensor:
+    """What a product that sums over columns sees of x, in fp32: x itself without a format."""
+    if kind is None:
+        return x_RC.float()
     return dequantize_rows(*quantize_rows_torch(x_RC, kind), kind)
 
 
-def _columns(x_RC: Tensor, kind: Format) -> Tensor:
+def _columns(x_RC: Tensor, kind: Format | None) -> Tensor:
     """What a product that sums over these rows sees of x; the blocks of an expert begin with its rows."""
     return _rows(x_RC.T, kind).T
 
 
-def _weight(w_NK: Tensor, sum_over: int, kind: Format) -> Tensor:
+def _weight(w_NK: Tensor, sum_over: int, kind: Format | None) -> Tensor:
     """What a product that sums over dimension 0 or 1 of a weight sees of it."""
-    if kind is FORMATS["mxfp8"]:
+    if kind is None or kind is FORMATS["mxfp8"]:
         return _rows(w_NK, kind) if sum_over else _columns(w_NK, kind)
     return dequantize_weights(*quantize_weights_torch(w_NK.unsqueeze(0), False, kind), kind)[0]

@@ -3,7 +3,8 @@
 Shapes: T tokens, K top-k, N = T*K rows in expert order, D model, F expert hidden (a multiple of 128), G = 2F,
 e experts.
 
-The order is that of triton_kernel.py, each product one of two quantised operands, in blocks along its sum:
+The order is that of triton_kernel.py, each product one of two quantised operands, in blocks along its sum; H
+and dA = dO W2 may be products of wide ones, in the same kernels:
 
 Forward                               Backward
 1. up     x rows, W1                  1. dH      dO rows, W2^T
@@ -27,12 +28,20 @@ from moe.kernels.combine.triton_kernel import sum_rows
 from moe.kernels.expert_mlp import fp8_kernel, mx_kernel
 from moe.kernels.expert_mlp.saved_h import SavedH
 from moe.kernels.expert_mlp.triton_kernel import Index, sum_partials
-from moe.kernels.grouped_gemm.fp8_kernel import Weight, fp8_weight, launch_fp8_gemm, launch_fp8_wgrad
+from moe.kernels.grouped_gemm.fp8_kernel import (
+    Weight,
+    fp8_weight,
+    launch_fp8_gemm,
+    launch_fp8_wgrad,
+    wide_weight,
+)
 from moe.kernels.grouped_gemm.mx_kernel import launch_mx_gemm, launch_mx_wgrad, mx_weight
 from moe.kernels.grouped_gemm.triton_kernel import TileMaps
 from moe.kernels.quantize import quantize_columns, quantize_rows
 from moe.kernels.quantize.formats import FORMATS, ROW_TILE, VALUE_DTYPE, Format, Quantized
 from moe.kernels.quantize.triton_kernel import storage
+
+Rows = tuple[Tensor, Tensor | None]  # quantised, or wide without scales
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,10 @@ class Steps:
         grad_h: that of dH.
         options: constexprs of both.
         up_tile: how `up` is compiled.
-        up_columns: of A in a tile of it.
+        wide_up_tile: the same, of wide operands.
+        up_columns: of A in a tile of either.
         grad_h_tile: how `grad_h` is compiled.
+        rows: quantises rows.
         weight: quantises a weight.
         gemm: multiplies rows with one.
         wgrad: multiplies columns.
@@ -57,8 +68,10 @@ class Steps:
     grad_h: Any
     options: Mapping[str, bool]
     up_tile: Mapping[str, int]
+    wide_up_tile: Mapping[str, int]
     up_columns: int
     grad_h_tile: Mapping[str, int]
+    rows: Callable[[Tensor], Quantized]
     weight: Callable[..., Weight]
     gemm: Callable[..., Tensor]
     wgrad: Callable[..., Tensor]
@@ -66,6 +79,7 @@ class Steps:
 
 def steps_of(format: str) -> Steps:
     """The steps of a format."""
+    rows = partial(quantize_rows, format=format, backend="triton")
     if format == "mxfp8":
         return Steps(
             FORMATS[format],
@@ -73,8 +87,10 @@ def steps_of(format: str) -> Steps:
             mx_kernel.mx_grad_h_kernel,
             options={},
             up_tile=mx_kernel.UP_TILE,
+            wide_up_tile=mx_kernel.UP_TILE,
             up_columns=mx_kernel.UP_TILE["BLOCK_N"] // 2,
             grad_h_tile=mx_kernel.GRAD_H_TILE,
+            rows=rows,
             weight=mx_weight,
             gemm=launch_mx_gemm,
             wgrad=launch_mx_wgrad,
@@ -85,8 +101,10 @@ def steps_of(format: str) -> Steps:
         fp8_kernel.fp8_grad_h_kernel,
         options={"POWER_OF_TWO": FORMATS[format].power_of_two},
         up_tile=fp8_kernel.UP_TILE,
+        wide_up_tile=fp8_kernel.WIDE_UP_TILE,
         up_columns=ROW_TILE,
         grad_h_tile=fp8_kernel.GRAD_H_TILE,
+        rows=rows,
         weight=partial(fp8_weight, format=format),
         gemm=launch_fp8_gemm,
         wgrad=launch_fp8_wgrad,
@@ -102,13 +120,13 @@ def expert_mlp_fwd(
     *,
     format: str,
     compress_h: bool,
+    wide_into_activation: bool,
 ) -> tuple[Tensor, SavedH]:
     """y_TD and h; contiguous inputs in bf16 that `expert_mlp` has checked. Uncompressed, h has no scales."""
     order_N, inverse_N, ends_e = index
     steps, top_k = steps_of(format), weights_TK.shape[1]
     maps = TileMaps(ends_e, order_N.numel())
-    x = quantize_rows(x_TD, format=format, backend="triton")
-    w_gate_up = steps.weight(w_gate_up_eGD)
+    x, w_gate_up = _operands(x_TD, w_gate_up_eGD, steps, wide=wide_into_activation)
     if compress_h:
         h = SavedH(*_new_quantized(x_TD, maps.num_rows, w_gate_up.columns, FORMATS[format]))
     else:
@@ -125,6 +143,7 @@ def expert_mlp_bwd(
     h: SavedH,
     *,
     format: str,
+    wide_into_activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the forward's first four arguments, `inputs`; all contiguous."""
     x_TD, w_gate_up_eGD, w_down_eDF, weights_TK = inputs
@@ -132,8 +151,7 @@ def expert_mlp_bwd(
     steps, dtype, top_k = steps_of(format), x_TD.dtype, weights_TK.shape[1]
     maps = TileMaps(ends_e, order_N.numel())
     in_order = partial(quantize_columns, order_R=order_N, top_k=top_k, format=format, backend="triton")
-    grad = quantize_rows(grad_TD, format=format, backend="triton")
-    w_down = steps.weight(w_down_eDF, transposed=True)
+    grad, w_down = _operands(grad_TD, w_down_eDF, steps, wide=wide_into_activation, transposed=True)
     rows, columns, a_columns, partials_NP = _launch_grad_h(
         grad, w_down, (weights_TK, h), order_N, maps, steps=steps
     )
@@ -150,24 +168,34 @@ def expert_mlp_bwd(
     return grad_x_TD, grad_gate_up_eGD, grad_down_eDF, grad_weights_TK
 
 
+def _operands(
+    x_TC: Tensor, w_eNK: Tensor, steps: Steps, *, wide: bool, transposed: bool = False
+) -> tuple[Rows, Weight]:
+    """Of a product that goes into the activation or its backward."""
+    if wide:
+        return (x_TC, None), wide_weight(w_eNK, transposed=transposed)
+    return steps.rows(x_TC), steps.weight(w_eNK, transposed=transposed)
+
+
 def _launch_up(
-    x: Quantized, w: Weight, h: SavedH, order: tuple[Tensor, int], maps: TileMaps, *, steps: Steps
+    x: Rows, w: Weight, h: SavedH, order: tuple[Tensor, int], maps: TileMaps, *, steps: Steps
 ) -> Quantized:
     """Fill h and make A by rows; `order` is order_N and top_k."""
-    (order_N, top_k), F = order, w.columns // 2
-    a = _new_quantized(x.values, maps.num_rows, F, steps.kind)
+    (order_N, top_k), (D, F) = order, (x[0].shape[1], w.columns // 2)
+    a = _new_quantized(h.values, maps.num_rows, F, steps.kind)
     if maps.num_rows:
-        map_P2 = maps.of(steps.up_tile["BLOCK_M"])
+        tile = steps.wide_up_tile if w.scales is None else steps.up_tile
+        map_P2 = maps.of(tile["BLOCK_M"])
         grid = (map_P2.shape[0] * (F // steps.up_columns),)
         tensors = (*_stored(x), w.values, w.scales, *_stored(h), *_stored(a), order_N, maps.ends_e, map_P2)
-        sizes = {"TOP_K": top_k, "D": x.values.shape[1], "F": F, "W_STRIDES": w.strides}
+        sizes = {"TOP_K": top_k, "D": D, "F": F, "W_STRIDES": w.strides}
         with torch.cuda.device_of(order_N):
-            steps.up[grid](*tensors, **sizes, **steps.options, **steps.up_tile)
+            steps.up[grid](*tensors, **sizes, **steps.options, **tile)
     return a
 
 
 def _launch_grad_h(
-    grad: Quantized,
+    grad: Rows,
     w: Weight,
     saved: tuple[Tensor, SavedH],
     order_N: Tensor,
@@ -188,15 +216,15 @@ def _launch_grad_h(
         inputs = (*_stored(grad), w.values, w.scales, *_stored(h), weights_TK)
         outputs = (*_stored(rows), *_stored(columns), *_stored(a_columns), partials_NP)
         tensors = (*inputs, *outputs, order_N, maps.ends_e, map_P2, num_tiles)
-        sizes = {"TOP_K": weights_TK.shape[1], "D": grad.values.shape[1], "F": F, "W_STRIDES": w.strides}
+        sizes = {"TOP_K": weights_TK.shape[1], "D": grad[0].shape[1], "F": F, "W_STRIDES": w.strides}
         with torch.cuda.device_of(order_N):
             steps.grad_h[grid](*tensors, **sizes, **steps.options, **steps.grad_h_tile)
     return rows, columns, a_columns, partials_NP
 
 
-def _stored(quantized: Quantized | SavedH) -> tuple[Tensor, Tensor | None]:
+def _stored(rows: Rows) -> Rows:
     """Values and scales as a kernel takes them."""
-    values, scales = quantized
+    values, scales = rows
     return values, None if scales is None else storage(scales)
 
 

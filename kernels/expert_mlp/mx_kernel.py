@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from moe.kernels.grouped_gemm.mx_kernel import MX_BLOCK, mx_row_products
-from moe.kernels.grouped_gemm.triton_kernel import gathered, halves, tile_rows
+from moe.kernels.grouped_gemm.triton_kernel import gathered, halves, row_products, tile_rows
 from moe.kernels.quantize.formats import ROW_TILE
 from moe.kernels.quantize.triton_kernel import as_stored, magnitude_bits, scales_of
 
@@ -44,7 +44,7 @@ def mx_up_kernel(
 ):
     """h[r] = x[token of r] @ w[expert]^T, and a[r] = silu(gate) * up quantised. Grid as in up_kernel.
 
-    With p_h_scales, h is quantised too.
+    With p_h_scales, h is quantised too; without p_x_scales, x and w are wide.
     """
     HALF: tl.constexpr = BLOCK_N // 2
     tiles_F: tl.constexpr = F // HALF
@@ -53,18 +53,17 @@ def mx_up_kernel(
         return
     first_F = tl.program_id(0) % tiles_F * HALF
     o_N = tl.arange(0, BLOCK_N)
-    b_h = mx_row_products(
+    b_h = products(
         p_x,
         p_x_scales,
-        p_w + expert * W_STRIDES[0],
-        p_w_scales + expert * W_STRIDES[2],
+        p_w,
+        p_w_scales,
+        expert,
         gathered(p_order, o_M, m_M, TOP_K),
         m_M,
         first_F + o_N // 2 + o_N % 2 * F,
-        o_N >= 0,
-        W_STRIDES[1],
-        W_STRIDES[3],
         D,
+        W_STRIDES,
         BLOCK_M,
         BLOCK_N,
     )
@@ -103,7 +102,7 @@ def mx_grad_h_kernel(
 ):
     """Gradient dH by rows and columns, A' = s * A by columns, and each tile's part of dS [N, F / 128].
 
-    Grid as in grad_h_kernel; `num_tiles` is P / 128.
+    Grid as in grad_h_kernel; `num_tiles` is P / 128. Without p_grad_scales, grad and w are wide.
     """
     tiles_F: tl.constexpr = F // HEIGHT
     i_tile = tl.program_id(0) // tiles_F
@@ -113,18 +112,17 @@ def mx_grad_h_kernel(
     i_F = tl.program_id(0) % tiles_F
     o_F = (i_F * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)
     o_pairs = tl.load(p_order + o_M, mask=m_M, other=0)
-    b_grad_a = mx_row_products(
+    b_grad_a = products(
         p_grad,
         p_grad_scales,
-        p_w + expert * W_STRIDES[0],
-        p_w_scales + expert * W_STRIDES[2],
+        p_w,
+        p_w_scales,
+        expert,
         o_pairs // TOP_K,
         m_M,
         o_F,
-        o_F >= 0,
-        W_STRIDES[1],
-        W_STRIDES[3],
         D,
+        W_STRIDES,
         HEIGHT,
         HEIGHT,
     )
@@ -156,6 +154,58 @@ def mx_grad_h_kernel(
         store_rows(p_rows, p_row_scales, b_grad_gate, o_M, m_M, first, 2 * F, HEIGHT, MX_BLOCK)
         store_columns(p_columns, p_column_scales, b_grad_gate, first, i_tile, num_tiles)
     tl.store(p_partials + o_M * tiles_F + i_F, b_part, mask=m_M)
+
+
+@triton.jit
+def products(
+    p_a,
+    p_a_scales,
+    p_w,
+    p_w_scales,
+    expert,
+    o_rows,
+    m_rows,
+    o_columns,
+    K: tl.constexpr,
+    W_STRIDES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """As in fp8_kernel.py, but strides of quantised weights are those of values and of scales (`Weight`)."""
+    m_columns = o_columns >= 0
+    p_expert = p_w + expert * W_STRIDES[0]
+    if p_a_scales is None:
+        b_sum = row_products(
+            p_a,
+            p_expert,
+            o_rows,
+            m_rows,
+            o_columns,
+            m_columns,
+            W_STRIDES[1],
+            W_STRIDES[2],
+            K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K=64,
+        )
+    else:
+        b_sum = mx_row_products(
+            p_a,
+            p_a_scales,
+            p_expert,
+            p_w_scales + expert * W_STRIDES[2],
+            o_rows,
+            m_rows,
+            o_columns,
+            m_columns,
+            W_STRIDES[1],
+            W_STRIDES[3],
+            K,
+            BLOCK_M,
+            BLOCK_N,
+        )
+    return b_sum
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from moe.kernels.backend import choose_backend
 from moe.kernels.expert_mlp.checks import (
     check_dtypes,
     check_index,
+    check_low_precision,
     check_main_grads,
     check_shapes,
     check_variant,
@@ -43,6 +44,7 @@ def expert_mlp(
     biases: tuple[Tensor, Tensor] | None = None,
     precision: str = "wide",
     compress_h: bool = False,
+    wide_into_activation: bool = False,
     main_grads: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -62,6 +64,9 @@ def expert_mlp(
             format of `quantize_rows` quantises them along what each product sums over.
         compress_h: save h in that format too, in half the memory; the activation is then that of the
             rounded h, forward and backward.
+        wide_into_activation: take the operands of two of the six products as they are: those of h, and of the
+            gradient of the activation's output, whose errors the activation and its backward would double.
+            For a precision that quantises, and without compress_h, which would round h after all.
         main_grads: fp32 tensors of the shapes of the experts' two weights. The backward adds the weights'
             gradients to them, and what autograd gets for the weights is memory without meaning (as under
             gradient_accumulation_fusion of Megatron-Core). Every backward through y adds, whichever inputs'
@@ -72,8 +77,9 @@ def expert_mlp(
         y_TD in x's dtype; sums are in fp32 or wider.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit together or the precision, main_grads of weights
-            that take no gradient or under torch.compile, or a backend that cannot run here.
+        ValueError: for shapes or dtypes that do not fit together or the precision, options that need another
+            one, main_grads of weights that take no gradient or under torch.compile, or a backend that cannot
+            run here.
     """
     order_N, inverse_N, ends_e = index
     chosen = choose_backend(backend, x_TD)
@@ -82,11 +88,12 @@ def expert_mlp(
     check_dtypes(x_TD, w_gate_up_eGD, w_down_eDF, weights_TK, chosen)
     check_variant(Variant(activation, biases), w_gate_up_eGD, w_down_eDF, precision)
     check_main_grads(main_grads, w_gate_up_eGD, w_down_eDF, precision)
+    check_low_precision(precision, compress_h=compress_h, wide_into_activation=wide_into_activation)
     inputs = (x_TD, w_gate_up_eGD, w_down_eDF, weights_TK)
     if precision != "wide":
-        return expert_mlp_low_precision(inputs, index, precision, compress_h, chosen)
-    if compress_h:
-        raise ValueError(f"compress_h needs a precision of {', '.join(FORMATS)}, got {precision!r}")
+        return expert_mlp_low_precision(
+            inputs, index, precision, chosen, compress_h=compress_h, wide_into_activation=wide_into_activation
+        )
     absent = (None, None)
     y_TD, _ = _forward(*inputs, *index, *(biases or absent), activation, chosen, *(main_grads or absent))
     return y_TD  # type: ignore[no-any-return]

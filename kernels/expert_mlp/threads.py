@@ -1,7 +1,7 @@
 """Experts, and rows, shared between threads of the CPU: each computes its own, alone.
 
 Threads that share one small product wait for each other at every step: slow, and very slow on a busy machine.
-The long sums after the experts' products are shared out alike; that gained nothing that could be measured.
+Other work on many rows is shared out alike, for OpenMP's threads wait actively on the cores that ours need.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def share_experts(work: Callable[[int, slice], None], experts: Iterable[Expert])
     """Call work(expert, rows) for each, in as many threads as torch may use.
 
     Args:
-        work: must write memory that no other expert's call touches.
+        work: must write memory that no other expert's call touches, or take turns.
         experts: with their rows in expert order; those without rows left out.
     """
     queue = largest_first(experts)

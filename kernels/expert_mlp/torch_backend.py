@@ -3,7 +3,7 @@
 Shapes: T tokens, K top-k, N = T*K routed pairs, D model, F expert hidden, G = 2F, e experts, R rows of an
 expert.
 
-Products are in x's dtype, what is between them in fp32 (fp64). Every run has the same bits.
+Products are in x's dtype, what is between them in fp32 (fp64).
 """
 
 from __future__ import annotations

@@ -29,19 +29,19 @@ BLOCK = tl.constexpr(formats.FORMATS["fp8"].block)
 
 
 class Weight(NamedTuple):
-    """A weight [e, N, K] of a product that sums over K, in blocks, and where its parts are.
+    """A weight [e, N, K] of a product that sums over K, in blocks or wide, and where its parts are.
 
     Attributes:
         values: of all experts.
-        scales: as a kernel loads them.
+        scales: as a kernel loads them; None is wide.
         columns: of the product, N.
         strides: where a kernel finds the parts. In fp8 those of scales, from expert to expert, from block to
             block of n, and of k. In mxfp8 those of values from expert to expert and from n to n, then the
-            same of scales.
+            same of scales. Wide, those of values: from expert to expert, n to n, k to k.
     """
 
     values: Tensor
-    scales: Tensor
+    scales: Tensor | None
     columns: int
     strides: tuple[int, ...]
 
@@ -224,6 +224,12 @@ def fp8_weight(w_eNK: Tensor, *, transposed: bool = False, format: str = "fp8") 
     _, blocks_N, blocks_K = scales.shape
     by_block = (1, blocks_K) if transposed else (blocks_K, 1)
     return Weight(values, scales, values.shape[1], (blocks_N * blocks_K, *by_block))
+
+
+def wide_weight(w_eNK: Tensor, *, transposed: bool = False) -> Weight:
+    """A weight as it is, to sum over K with or, transposed, over N; contiguous."""
+    w = w_eNK.transpose(1, 2) if transposed else w_eNK
+    return Weight(w, None, w.shape[1], w.stride())
 
 
 def launch_fp8_gemm(

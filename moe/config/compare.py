@@ -22,6 +22,7 @@ _TRAINING_KEYS = (
     "router.capacity_factor",
     "expert_precision",
     "expert_fp8_input_store",
+    "expert_wide_into_activation",
 )
 # Keys that only the other kind of attention reads.
 _UNREAD_KEYS = {

@@ -1,62 +1,8 @@
-"""Rules of the section `parallel`, beside those about the number of ranks, and of what experts' kernels take.
-
-rules.py says what a rule is.
-"""
+"""Rules of the section `parallel`, beside those about the number of ranks; rules.py says what a rule is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-# Of moe.kernels.expert_mlp in every format: a tile of the experts' hidden size, a load of bytes of a row.
-LOW_PRECISION_TILE, LOW_PRECISION_ROW = 128, 16
-
-
-def _expert_slices(etp: int, hidden: int, precision: str, expert_precision: str) -> str | None:
-    if expert_precision == "wide":
-        multiple, needing = 8 if precision == "bf16" else 4, f"train.precision={precision} needs (16 bytes)"
-    else:
-        multiple = LOW_PRECISION_TILE
-        needing = f"the kernels of model.expert_precision={expert_precision} need (tiles of {multiple})"
-    if etp == 1 or hidden % multiple or hidden % (etp * multiple) == 0:  # whole experts: other rules' finding
-        return None
-    allowed = ", ".join(str(n) for n in range(1, hidden + 1) if hidden % (n * multiple) == 0)
-    return (
-        f"parallel.etp={etp} does not split model.expert_hidden_size={hidden} into parts that are multiples "
-        f"of {multiple}, as {needing}; allowed: {allowed}"
-    )
-
-
-def _low_precision(precision: str, activation: str, bias: bool, hidden: int, model_size: int) -> str | None:
-    """What the kernels of low precision take, whatever the format (moe.kernels.expert_mlp)."""
-    if precision == "wide":
-        return None
-    if activation != "swiglu" or bias:
-        return (
-            f"model.expert_precision={precision} takes swiglu experts without biases, but "
-            f"model.expert_activation={activation} and model.expert_bias={str(bias).lower()}; "
-            "use model.expert_precision=wide"
-        )
-    if hidden % LOW_PRECISION_TILE or model_size % LOW_PRECISION_ROW:
-        return (
-            f"the kernels of model.expert_precision={precision} take a model.expert_hidden_size that is a "
-            f"multiple of {LOW_PRECISION_TILE} and a model.hidden_size that is one of {LOW_PRECISION_ROW}, "
-            f"not {hidden} and {model_size}; use {_next_multiple(hidden, LOW_PRECISION_TILE)} and "
-            f"{_next_multiple(model_size, LOW_PRECISION_ROW)}, or model.expert_precision=wide"
-        )
-    return None
-
-
-def _next_multiple(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def _bias_slices(etp: int, hidden: int, bias: bool) -> str | None:
-    if not bias or hidden % etp == 0:
-        return None
-    return (
-        f"parallel.etp={etp} does not divide model.hidden_size={hidden}, over which the biases of "
-        "model.expert_bias=true are split; use a divisor of both hidden sizes"
-    )
 
 
 def _stage_layers(stage_layers: tuple[int, ...], pp: int, vpp: int, layers: int) -> str | None:
@@ -107,21 +53,6 @@ def _sequence(length: int, tp: int, cp: int) -> str | None:
 
 
 PARALLEL_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
-    (
-        ("parallel.etp", "model.expert_hidden_size", "train.precision", "model.expert_precision"),
-        _expert_slices,
-    ),
-    (
-        (
-            "model.expert_precision",
-            "model.expert_activation",
-            "model.expert_bias",
-            "model.expert_hidden_size",
-            "model.hidden_size",
-        ),
-        _low_precision,
-    ),
-    (("parallel.etp", "model.hidden_size", "model.expert_bias"), _bias_slices),
     (("parallel.stage_layers", "parallel.pp", "parallel.vpp", "model.num_layers"), _stage_layers),
     (("parallel.vpp", "parallel.pp"), _chunks),
     (("parallel.overlap_param_gather", "parallel.overlap_grad_reduce"), _overlap),

@@ -12,6 +12,7 @@ from typing import Any
 
 from moe.config.energy_rules import ENERGY_CHECKS
 from moe.config.engine_rules import ENGINE_CHECKS
+from moe.config.expert_rules import EXPERT_CHECKS
 from moe.config.optim_rules import OPTIM_CHECKS
 from moe.config.parallel_rules import PARALLEL_CHECKS
 
@@ -323,15 +324,6 @@ def _aligned(key: str) -> Rule:
     return Rule((key, "train.precision"), check)
 
 
-def _fp8_store(stores: bool, precision: str) -> str | None:
-    if not stores or precision != "wide":
-        return None
-    return (
-        "model.expert_fp8_input_store=true saves in the format of model.expert_precision, which is wide; "
-        "use fp8, fp8_power_of_two or mxfp8"
-    )
-
-
 RULES: tuple[Rule, ...] = (
     _aligned("model.hidden_size"),
     _aligned("model.expert_hidden_size"),
@@ -340,6 +332,7 @@ RULES: tuple[Rule, ...] = (
     _divides("parallel.ep", "model.num_experts"),
     Rule(("parallel.dispatcher", "parallel.ep", "train.precision", "engine.device", "model.top_k"), _fused),
     Rule(("parallel.dispatcher", "parallel.ranks_per_node", "parallel.ep", "parallel.etp"), _whole_nodes),
+    *(Rule(keys, check) for keys, check in EXPERT_CHECKS),
     *(Rule(keys, check) for keys, check in PARALLEL_CHECKS),
     _divides("parallel.tp", "model.attention.num_heads"),
     _divides("parallel.tp", "model.ffn_hidden_size"),
@@ -363,7 +356,6 @@ RULES: tuple[Rule, ...] = (
     _only_gqa("model.attention.sinks", off=False),
     _only_gqa("model.attention.sliding_window", 0),
     Rule(("model.top_k", "model.num_experts"), _top_k),
-    Rule(("model.expert_fp8_input_store", "model.expert_precision"), _fp8_store),
     Rule(("model.num_dense_layers", "model.num_layers"), _dense_layers),
     Rule(("model.router.top_groups", "model.router.num_groups"), _top_groups),
     Rule(("model.router.num_groups", "model.num_experts"), _expert_groups),

@@ -117,6 +117,8 @@ class ModelSection(Section):
     expert_precision: Literal["wide", "fp8", "fp8_power_of_two", "mxfp8"] = "wide"
     # The activation's input is saved in that format, too (activation_func_fp8_input_store of Megatron-Core).
     expert_fp8_input_store: bool = False
+    # The products that lead into the activation and its backward, a third of the work, stay wide.
+    expert_wide_into_activation: bool = False
     shared_expert_hidden_size: CountOrZero = 0  # 0: no shared expert
     attention: AttentionSection
     router: RouterSection = RouterSection()

@@ -59,7 +59,11 @@ def compare_logits(
 def _as_published(model: ModelSection) -> ModelSection:
     """Without what transformers' model leaves out or never does: it drops no token and quantises nothing."""
     router = model.router.model_copy(update={"capacity_factor": 0.0})
-    wide = {"expert_precision": "wide", "expert_fp8_input_store": False}
+    wide = {
+        "expert_precision": "wide",
+        "expert_fp8_input_store": False,
+        "expert_wide_into_activation": False,
+    }
     return model.model_copy(update={"mtp_layers": 0, "router": router} | wide)
 
 

@@ -20,6 +20,7 @@ class Attention:
         num_groups: Key/value heads.
         qk_dim: Size of a query-key product, rotated part included.
         rope_dim: Size of the rotated part of a head.
+        rotation_scaled: Rotations are multiplied by a number, too (YaRN, arXiv 2309.00071).
         v_dim: Size of a value head.
         q_lora_rank: Compressed query; 0 projects queries directly.
         kv_lora_rank: Compressed keys and values; 0 is grouped-query attention.
@@ -44,6 +45,7 @@ class Attention:
     sinks: bool = False
     window: int = 0
     full_every: int = 0
+    rotation_scaled: bool = False
 
     @property
     def is_latent(self) -> bool:
@@ -136,6 +138,7 @@ def _attention_of(attention: AttentionSection) -> Attention:
             sinks=attention.sinks,
             window=attention.sliding_window,
             full_every=attention.full_attention_every,
+            rotation_scaled=attention.yarn.rotation_scale != 1,
         )
     return Attention(
         num_heads=attention.num_heads,

@@ -29,6 +29,8 @@ class MoEConfig:
             experts without biases only.
         fp8_input_store: the input of the activation is saved for the backward in that precision, too, in half
             the memory; the forward computes with what is saved.
+        wide_into_activation: the products that lead into the activation and its backward, a third of the
+            work, are not quantised: all errors are then within what DeepGEMM's tests allow of one product.
         score: `softmax` or `sigmoid` of the logits.
         score_before_topk: False takes the softmax over the chosen logits only (Mixtral, gpt-oss).
         renormalize: divide the chosen weights by their sum.
@@ -60,6 +62,7 @@ class MoEConfig:
     expert_bias: bool = False
     precision: str = "wide"
     fp8_input_store: bool = False
+    wide_into_activation: bool = False
     score: str = "softmax"
     score_before_topk: bool = True
     renormalize: bool = False
@@ -111,8 +114,11 @@ class MoEConfig:
                 f"precision={self.precision!r} takes activation='swiglu' and expert_bias=False, got "
                 f"{self.activation!r} and {self.expert_bias}"
             )
-        if self.fp8_input_store and self.precision == "wide":
-            yield f"fp8_input_store needs a precision of {', '.join(PRECISIONS[1:])}, got 'wide'"
+        for field in ("fp8_input_store", "wide_into_activation"):
+            if getattr(self, field) and self.precision == "wide":
+                yield f"{field} needs a precision of {', '.join(PRECISIONS[1:])}, got 'wide'"
+        if self.fp8_input_store and self.wide_into_activation and self.precision != "wide":
+            yield "fp8_input_store rounds what wide_into_activation keeps wide; leave out one of the two"
 
     def _sizes(self) -> Iterator[str]:
         for field in ("hidden_size", "num_experts", "top_k", "expert_hidden_size", "tile_rows", "top_groups"):

@@ -103,6 +103,7 @@ class GroupedExperts(nn.Module):
             biases=biases,
             precision=self.config.precision,
             compress_h=self.config.fp8_input_store,
+            wide_into_activation=self.config.wide_into_activation,
             main_grads=self._main_grads(),
             backend=self.config.backend,
         )

@@ -129,6 +129,7 @@ def layer_config(model: ModelSection, kernels: str) -> MoEConfig:
         expert_bias=model.expert_bias,
         precision=model.expert_precision,
         fp8_input_store=model.expert_fp8_input_store,
+        wide_into_activation=model.expert_wide_into_activation,
         score=router.score,
         score_before_topk=router.score_before_topk,
         renormalize=router.renormalize,

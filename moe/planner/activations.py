@@ -108,13 +108,33 @@ def _expert_gradients(job: Job) -> float:
     rows = _rows(job) * job.wide_bytes * (2 * D + 3 * F)
     if job.plan.is_te or job.expert_precision not in EIGHT_BITS:
         return rows
-    weights = job.shape.num_experts / job.layout.ep * 3 * D * F
-    return rows + weights * (job.wide_bytes + QUANTISED_BYTES)
+    weights = job.shape.num_experts / job.layout.ep * D * F
+    quantised = 2 if job.wide_into_activation else 3  # the down projection's gradient needs it wide
+    return rows + weights * (3 * job.wide_bytes + quantised * QUANTISED_BYTES)
+
+
+def keeps_one_copy(job: Job, precision: str) -> bool:
+    """Whether 8-bit operands need no second copy, by columns: Transformer Engine, a scale a tensor, new GPUs.
+
+    From compute capability 10 on, the first that knows MXFP8, 8-bit products take columns, too
+    (is_non_tn_fp8_gemm_supported).
+    """
+    return precision == "fp8" and job.plan.is_te and "mxfp8" in job.gpu.peak_flops
 
 
 def _operand_bytes(job: Job, precision: str) -> float:
     """Bytes of a GEMM's saved input: quantised ones are kept quantised, MXFP8 with a scale for 32 numbers."""
     return {"fp8": 1.0, "mxfp8": QUANTISED_BYTES}.get(precision, job.wide_bytes)
+
+
+def _attention_operand_bytes(job: Job) -> float:
+    """Bytes of a query, key or value that attention keeps; its output stays wide.
+
+    Transformer Engine keeps 8-bit ones for its backward pass, MXFP8's by rows and by columns (backends.py).
+    """
+    if not job.plan.fp8_attention:
+        return job.wide_bytes
+    return 2 * QUANTISED_BYTES if job.precision == "mxfp8" else 1
 
 
 def _stream(job: Job) -> float:
@@ -133,6 +153,8 @@ def _attention(job: Job) -> float:
     attention, layout, T = job.shape.attention, job.layout, job.tokens
     H, groups, wide = attention.num_heads / layout.tp, attention.num_groups / layout.tp, job.wide_bytes
     q, k, v = H * attention.qk_dim, groups * attention.qk_dim, groups * attention.v_dim
+    narrow = _attention_operand_bytes(job)
+    # Wide in 8 bits, too: Megatron-Core has the projection keep no quantised copy (save_original_input).
     output = H * (attention.v_dim * wide + _FP32)
     if "core_attn" in job.recompute:  # from the projections on; the output is the next one's input
         inputs = q + k + v if not attention.is_latent else _compressed(job, copies=1, key_ranks=1) / layout.tp
@@ -145,8 +167,9 @@ def _attention(job: Job) -> float:
     kept = T / layout.tp * _compressed(job, copies=copies, key_ranks=ranks) * wide + T * output
     if "mla_up_proj" in job.recompute:
         return kept
-    nope_dim = attention.qk_dim - attention.rope_dim
-    return kept + T * (q + ranks * (k + v + groups * nope_dim)) * wide
+    # Megatron-Core's fused rotation writes keys and values apart, so their projection goes.
+    nope_dim = 0 if job.plan.is_te else attention.qk_dim - attention.rope_dim
+    return kept + T * ((q + ranks * (k + v)) * narrow + ranks * groups * nope_dim * wide)
 
 
 def _grouped(job: Job, q: float, k: float, v: float, output: float) -> float:
@@ -154,11 +177,13 @@ def _grouped(job: Job, q: float, k: float, v: float, output: float) -> float:
     attention, wide = job.shape.attention, job.wide_bytes
     normed = q + (q + k if job.plan.kernels == "torch" else 0)  # a norm keeps its queries apart
     normed = 0 if attention.qk_norm == "none" else normed
-    # Values stay a part of the projection's output, so all of that stays; gathered ones are apart.
-    is_apart = job.key_ranks > 1
+    # Values stay a part of the projection's output, so all of that stays; gathered ones are apart, and so are
+    # Transformer Engine's, which it makes contiguous (get_qkv_layout).
+    is_apart = job.key_ranks > 1 or job.plan.is_te
     projected = normed + (q + k + v if normed or not is_apart else 0)
     keys, values = job.key_ranks * k, job.key_ranks * v if is_apart else 0
-    fused = (projected + q + keys + values) * wide + output
+    narrow = _attention_operand_bytes(job)
+    fused = projected * wide + (q + keys + values) * narrow + output
     share = materialised_share(job)
     if not share:
         return fused
@@ -206,7 +231,9 @@ def _experts(job: Job) -> float:
     # Ours quantises X along other dimensions in the backward, so it keeps X as it came.
     operand = _operand_bytes(job, job.expert_precision) if job.plan.is_te else job.wide_bytes
     inputs = QUANTISED_BYTES if job.fp8_input_store else job.wide_bytes
-    return _rows(job) * (operands * operand + 2 * F * inputs)
+    # Clamped apart, gate and up are there as they came and as they were clamped.
+    clamped = job.plan.kernels == "te" and job.shape.expert_bias and keeps_activation
+    return _rows(job) * (operands * operand + 2 * F * (inputs + (job.wide_bytes if clamped else 0)))
 
 
 def _shared(job: Job) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from moe.planner.collectives import Exchange, Group, exchange_bytes, expected_distinct
 from moe.planner.muon import muon_update
 from moe.planner.settings import Job
-from moe.planner.stages import Stage, held_params, router_params, stage_weights, stages_of
+from moe.planner.stages import Stage, held_params, router_params, stage_weights, stages_of, wide_params
 
 FP32_BYTES = 4
 INT64_BYTES = 8
@@ -278,9 +278,11 @@ def data_gathers(job: Job, stage: Stage) -> tuple[tuple[Gathers, ...], tuple[Gat
     in every micro-batch (DeepSpeed, stage_1_and_2.py); 3 gathers weights in each, forward and backward.
     """
     dense, experts = held_params(job, stage)
-    weight_bytes = 1 if job.precision == "mxfp8" else job.wide_bytes
-    kept_wide = router_params(job, stage) * (FP32_BYTES - weight_bytes)
-    weights = (dense * weight_bytes + kept_wide, experts * weight_bytes)
+    in_8_bits = job.precision == "mxfp8" or (job.precision == "fp8" and job.plan.is_te)
+    weight_bytes = 1 if in_8_bits else job.wide_bytes
+    more_bytes = router_params(job, stage) * (FP32_BYTES - weight_bytes)
+    more_bytes += wide_params(job, stage) * (job.wide_bytes - weight_bytes)
+    weights = (dense * weight_bytes + more_bytes, experts * weight_bytes)
     gradients = (dense * _gradient_bytes(job), experts * _gradient_bytes(job))
     zero, m = job.zero, job.num_microbatches
     reductions = {0: ALL_REDUCE, 2: m, 3: m}.get(zero, 1)

@@ -138,7 +138,8 @@ def _keeps_alike(one: Comparison, job: Job) -> bool:
 def _kinds(job: Job) -> tuple[object, ...]:
     """What has kernels, and errors, of its own; a dense model is described as one of a single expert."""
     shape = job.shape
-    return job.precision, job.expert_precision, job.muon, shape.expert_bias, shape.num_experts == 1
+    experts = job.expert_precision, job.wide_into_activation, shape.expert_bias, shape.num_experts == 1
+    return job.precision, job.muon, *experts
 
 
 def _axes(job: Job) -> tuple[bool, ...]:

@@ -56,6 +56,9 @@ class Gpu:
         node_gpus: GPUs of a host.
         hbm_bytes_per_s: Peak memory bandwidth.
         peak_flops: Dense peaks by precision, FLOP/s.
+        sm_flops: Dense BF16 FLOPs of an SM's tensor cores in a clock: peak over SMs and boost clock.
+        sm_exps: Exponentials of an SM in a clock (CUDA programming guide); Blackwell Ultra has twice as many
+            (NVIDIA, Making Softmax More Efficient with Blackwell Ultra).
         nvlink_bytes_per_s: One direction.
         nvlink_domain: GPUs that reach each other over NVLink.
         nic_bytes_per_s: One direction, for each GPU.
@@ -65,7 +68,7 @@ class Gpu:
         fabric_w: Switches and optics, for each GPU.
         launch_s: CPU time of an op forward in Python, launch included: tens of microseconds for a module of
             Transformer Engine on an x86 host, more on Grace. An estimate of ours; it binds
-            small shapes and, of the published runs, h12 alone.
+            small shapes and, of the published runs, some with many unfused experts on a rank.
         kernel_s: Time on the GPU between two kernels, and for the ramps of one.
         efficiency: What is sustained.
     """
@@ -76,6 +79,8 @@ class Gpu:
     node_gpus: int
     hbm_bytes_per_s: float
     peak_flops: MappingProxyType[str, float]
+    sm_flops: int
+    sm_exps: int
     nvlink_bytes_per_s: float
     nvlink_domain: int
     nic_bytes_per_s: float
@@ -112,6 +117,8 @@ _H100 = Gpu(
     node_gpus=8,
     hbm_bytes_per_s=3.35e12,
     peak_flops=_peaks(67, 989, 1979, mx=False),
+    sm_flops=4096,
+    sm_exps=16,
     nvlink_bytes_per_s=450e9,
     nvlink_domain=8,
     nic_bytes_per_s=50e9,
@@ -132,6 +139,8 @@ _H200 = Gpu(
     node_gpus=8,
     hbm_bytes_per_s=4.8e12,
     peak_flops=_H100.peak_flops,
+    sm_flops=4096,
+    sm_exps=16,
     nvlink_bytes_per_s=450e9,
     nvlink_domain=8,
     nic_bytes_per_s=50e9,
@@ -150,6 +159,8 @@ _B200 = Gpu(
     node_gpus=8,
     hbm_bytes_per_s=8e12,
     peak_flops=_peaks(75, 2250, 4500, mx=True),
+    sm_flops=8192,
+    sm_exps=16,
     nvlink_bytes_per_s=900e9,
     nvlink_domain=8,
     nic_bytes_per_s=50e9,
@@ -168,6 +179,8 @@ _B300 = Gpu(
     node_gpus=8,
     hbm_bytes_per_s=8e12,
     peak_flops=_peaks(75, 2250, 4500, mx=True),
+    sm_flops=8192,
+    sm_exps=32,
     nvlink_bytes_per_s=900e9,
     nvlink_domain=8,
     nic_bytes_per_s=100e9,
@@ -186,6 +199,8 @@ _GB200 = Gpu(
     node_gpus=4,
     hbm_bytes_per_s=8e12,
     peak_flops=_peaks(80, 2500, 5000, mx=True),
+    sm_flops=8192,
+    sm_exps=16,
     nvlink_bytes_per_s=900e9,
     nvlink_domain=72,
     nic_bytes_per_s=50e9,
@@ -204,6 +219,8 @@ _GB300 = Gpu(
     node_gpus=4,
     hbm_bytes_per_s=8e12,
     peak_flops=_peaks(80, 2500, 5000, mx=True),
+    sm_flops=8192,
+    sm_exps=32,
     nvlink_bytes_per_s=900e9,
     nvlink_domain=72,
     nic_bytes_per_s=100e9,

@@ -11,16 +11,18 @@ from dataclasses import dataclass, fields
 from moe.counts.counts import params_on_rank
 from moe.counts.weights import block_weights
 from moe.planner.activations import (
+    QUANTISED_BYTES,
     Saved,
     graph_bytes,
     join_saved,
+    keeps_one_copy,
     layer_saved,
     logits_bytes,
     workspace_bytes,
 )
 from moe.planner.muon import momenta_bytes
 from moe.planner.settings import Job
-from moe.planner.stages import Stage, held_params, stages_of
+from moe.planner.stages import Stage, held_params, stages_of, wide_params
 
 GIB = 2**30
 # Context, NCCL's buffers and the allocator's unused blocks, beside what tensors take; a share of tensors
@@ -153,7 +155,7 @@ def _states(job: Job, stage: Stage) -> dict[str, float]:
     # fp32 weights are their own main copy.
     states = held[1] * (2 * moment + (0 if is_fp32 else 4))
     return {
-        "weights": held[3] * _weight_bytes(job) + _gathered_layer(job, stage),
+        "weights": held[3] * _weight_bytes(job) + _wide_ends(job, stage) + _gathered_layer(job, stage),
         "gradients": held[2] * (4 if is_fp32 or job.plan.grads == "fp32" else 2),
         "optimizer": states - (_matrices(job, stage) * moment if job.muon else 0),
     }
@@ -179,4 +181,14 @@ def _matrices(job: Job, stage: Stage) -> float:
 
 def _weight_bytes(job: Job) -> float:
     """Two copies of 8 bits, by rows and by columns, take the place of one of 16."""
-    return 2 * (1 + 1 / 32) if job.precision == "mxfp8" else job.wide_bytes
+    if job.precision == "mxfp8":
+        return 2 * QUANTISED_BYTES
+    return 1 if keeps_one_copy(job, job.precision) else job.wide_bytes
+
+
+def _wide_ends(job: Job, stage: Stage) -> float:
+    """What embeddings and the head have more than 8 bits where other weights have one such copy."""
+    if not keeps_one_copy(job, job.precision):
+        return 0.0
+    held = wide_params(job, stage) / (job.layout.dense_replicas if job.zero == 3 else 1)
+    return held * (job.wide_bytes - 1)

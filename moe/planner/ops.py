@@ -7,13 +7,18 @@ R = T / tp * K rows that experts compute on a rank when loads are even.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Literal
 
-from moe.counts.counts import attention_products
-from moe.counts.shape import Shape
-from moe.planner.activations import EIGHT_BITS, QUANTISED_BYTES, attention_weights, materialised_share
+from moe.planner.activations import (
+    EIGHT_BITS,
+    QUANTISED_BYTES,
+    attention_weights,
+    keeps_one_copy,
+    materialised_share,
+)
+from moe.planner.attention import TILE, fused_products, head_moves, streamed_bytes
+from moe.planner.op import Op, with_one_wide
 from moe.planner.settings import Job
 
 # Bytes moved for a logit, forward and backward. In place: read and written in 16 bits. Fused: a copy in
@@ -23,45 +28,15 @@ CROSS_ENTROPY_BYTES = {"in_place": (6, 4), "fused": (14, 10), "unfused": (34, 18
 # Bytes moved for a weight of attention that is made, forward and backward: written, masked, normalised and
 # read in fp32.
 ATTENTION_WEIGHT_BYTES = (24, 28)
-# Bytes moved for a number of biased experts, forward and backward, where nothing is fused (megatron-core
-# 0.16.1, transformer/moe/experts.py). Output: the bias times a weight, the sum, all experts joined, each in
-# fp32, and a cast; their gradients. Gate and up: clamped apart and joined.
+# Bytes moved for a number of experts, forward and backward, where nothing is fused (megatron-core 0.16.1,
+# transformer/moe/experts.py). Biased output: the bias times a weight, the sum, all experts joined, each in
+# fp32, and a cast; their gradients. Gate and up: clamped apart and joined. 8-bit rows and their outputs:
+# copied, so that each expert has a multiple of 16 or 32, and back.
 UNFUSED_BIAS_BYTES = (28, 40)
 UNFUSED_CLAMP_BYTES = (8, 10)
+UNFUSED_PADDING_BYTES = (8, 8)
 UNFUSED_BIAS_LAUNCHES = 3  # for each expert
-
-
-@dataclass(frozen=True, kw_only=True)
-class Op:
-    """One kernel or a few alike.
-
-    Attributes:
-        name: What it computes.
-        kind: What limits it: gemm, attention (fused), or memory.
-        part: What recomputation names.
-        flops: Forward.
-        bytes: Forward, read and written.
-        head_dim: Mean size of the query-key and the value heads of attention.
-        backward_flops: Backward.
-        backward_bytes: Backward.
-        launches: Kernels forward.
-        backward_launches: Kernels backward.
-        of_experts: Grows with the load of the busiest rank.
-        precision: Of the operands of products, a key of Gpu.peak_flops.
-    """
-
-    name: str
-    kind: Literal["gemm", "attention", "memory"]
-    part: str = ""
-    flops: float = 0.0
-    bytes: float = 0.0
-    head_dim: float = 0.0
-    backward_flops: float = 0.0
-    backward_bytes: float = 0.0
-    launches: int = 1
-    backward_launches: int = 2
-    of_experts: bool = False
-    precision: str = "bf16"
+UNFUSED_CLAMP_LAUNCHES = 3
 
 
 def layer_ops(job: Job, *, dense: bool) -> list[Op]:
@@ -87,10 +62,10 @@ def embedding_ops(job: Job) -> list[Op]:
 
 
 def mtp_ops(job: Job) -> list[Op]:
-    """One prediction depth: the projection of two streams, an expert layer, the head again."""
+    """What a prediction depth has beside an expert layer: the projection of two streams, the head again."""
     D, T, tp = job.shape.hidden_size, job.tokens, job.layout.tp
     join = _linear(job, "mtp projection", T, D // tp, 2 * D)
-    return [*join, *layer_ops(job, dense=False), *head_ops(job)]
+    return [*join, *head_ops(job)]
 
 
 def _memory(
@@ -138,13 +113,15 @@ def _linear(
     kernels = groups if job.plan.kernels == "te" else 1  # unfused, each expert has its own
     operand = 1 if fp8 else wide
     weight = groups * K * N
+    # A dense model is one expert of all rows.
+    in_tiles = _rows_in_tiles(M, groups) if of_experts and job.shape.num_experts > 1 else M
     gemm = Op(
         name=name,
         kind="gemm",
         part=part,
-        flops=2 * M * N * K,
+        flops=2 * in_tiles * N * K,
         bytes=operand * (M * K + weight) + wide * M * N,
-        backward_flops=4 * M * N * K,
+        backward_flops=4 * in_tiles * N * K,
         # Input gradient: dY, W in, dX out. Weight gradient: dY, X in.
         backward_bytes=operand * (2 * M * N + weight + M * K)
         + wide * M * K
@@ -168,6 +145,12 @@ def _linear(
     return ops
 
 
+def _rows_in_tiles(rows: float, groups: int) -> float:
+    """Of whole tiles: the last one of an expert is half full on average, and one that has rows has a tile."""
+    with_rows = min(groups, rows)
+    return max(rows + with_rows * (TILE - 1) / 2, with_rows * TILE)
+
+
 def _gradient_bytes(job: Job, *, of_experts: bool, fp8: bool) -> int:
     """Bytes moved to accumulate the gradient of a weight.
 
@@ -180,7 +163,7 @@ def _gradient_bytes(job: Job, *, of_experts: bool, fp8: bool) -> int:
 
 
 def _quantize_bytes(job: Job, precision: str) -> float:
-    """Bytes that quantising a number moves: it is written by rows and by columns, for its two products.
+    """Bytes that quantising a number moves: written by rows and, if need be, by columns for its two products.
 
     A scale for a whole tensor needs a pass of its own to find the largest number. Fused into the kernel that
     makes the tensor, two writes of 8 bits replace that kernel's one of 16; a byte stands for scales and for
@@ -188,14 +171,16 @@ def _quantize_bytes(job: Job, precision: str) -> float:
     """
     if job.plan.kernels == "te_fused":
         return 1
-    return (2 if precision == "fp8" else 1) * job.wide_bytes + 2
+    return (2 if precision == "fp8" else 1) * job.wide_bytes + (1 if keeps_one_copy(job, precision) else 2)
 
 
 def _norm_ops(job: Job) -> Iterator[Op]:
     """Two norms and two residual sums over the tokens of this rank."""
     moved = job.tokens / job.layout.tp * job.shape.hidden_size * job.wide_bytes
     yield _memory("layer norms", "layernorm", 2 * 2 * moved, 2 * 4 * moved, launches=2, backward_launches=4)
-    yield _memory("residuals", "", 2 * 3 * moved, 2 * 2 * moved, launches=2)
+    # Megatron-Core adds the output's bias apart where experts have biases, too (TEGroupedMLP).
+    bias = job.plan.is_te and job.shape.attention.out_bias and job.shape.expert_bias
+    yield _memory("residuals", "", (6 + 2 * bias) * moved, (4 + bias) * moved, launches=2 + bias)
 
 
 def _attention_ops(job: Job) -> Iterator[Op]:
@@ -210,15 +195,7 @@ def _attention_ops(job: Job) -> Iterator[Op]:
         yield from _linear(job, "qkv", T, qkv, D)
     # Keys of grouped attention travel once they are rotated, compressions of latent attention before.
     q_and_k = T * (H + groups * (all_keys if attention.is_latent else 1)) * attention.qk_dim * wide
-    passes = 2 + (attention.qk_norm != "none")  # split to contiguous heads, rotate, norm
-    yield _memory(
-        "rotate and norm heads",
-        "mla_up_proj" if attention.is_latent else "" if job.plan.is_te else "core_attn",
-        2 * passes * q_and_k,
-        3 * passes * q_and_k,
-        launches=2 * passes,
-        backward_launches=2 * passes,
-    )
+    yield _heads_op(job, q_and_k)
     share = materialised_share(job)
     if share < 1:
         yield _fused_attention(job, 1 - share)
@@ -227,24 +204,42 @@ def _attention_ops(job: Job) -> Iterator[Op]:
     yield from _linear(job, "attention out", T, D, H * attention.v_dim)
 
 
+def _heads_op(job: Job, q_and_k: float) -> Op:
+    """Queries and keys are split to contiguous heads, rotated and, if the model does so, normed.
+
+    Args:
+        job: For the family of kernels.
+        q_and_k: Their bytes.
+    """
+    (forward, backward), (launches, backward_launches) = head_moves(job)
+    return _memory(
+        "rotate and norm heads",
+        "mla_up_proj" if job.shape.attention.is_latent else "" if job.plan.is_te else "core_attn",
+        forward * q_and_k,
+        backward * q_and_k,
+        launches=launches,
+        backward_launches=backward_launches,
+    )
+
+
 def _fused_attention(job: Job, share: float) -> Op:
     """Two products forward, five backward: the query-key product is computed again (arXiv 2205.14135).
 
     Args:
         job: For sizes.
-        share: Of the layers; the others make their weights, so those here see all positions.
+        share: Of the layers; the others make their weights.
     """
-    attention, shape = job.shape.attention, job.shape
-    if share < 1:
-        shape = replace(shape, attention=replace(attention, window=0))
-    products = share * attention_products(shape, job.seq_length) / _layers(shape) * job.tokens / job.layout.tp
+    attention = job.shape.attention
+    forward, backward = streamed_bytes(job)
     return Op(
         name="attention",
         kind="attention",
         part="core_attn",
-        flops=2 * products,
+        flops=2 * fused_products(job, share=share, backward=False),
+        bytes=share * forward,
         head_dim=(attention.qk_dim + attention.v_dim) / 2,
-        backward_flops=5 * products,
+        backward_flops=5 * fused_products(job, share=share, backward=True),
+        backward_bytes=share * backward,
         precision="fp8" if job.plan.fp8_attention else "bf16",
     )
 
@@ -265,10 +260,6 @@ def _materialised_ops(job: Job, share: float) -> Iterator[Op]:
     )
     forward, backward = (weights * moved for moved in ATTENTION_WEIGHT_BYTES)
     yield _memory("attention weights", "core_attn", forward, backward, launches=3, backward_launches=3)
-
-
-def _layers(shape: Shape) -> int:
-    return shape.num_layers + shape.mtp_layers
 
 
 def _latent_ops(job: Job) -> Iterator[Op]:
@@ -303,14 +294,19 @@ def _swiglu(
     """Gate and up in one GEMM, the activation, down."""
     D, precision = job.shape.hidden_size, job.expert_precision if of_experts else ""
     linear = partial(_linear, job, part=part, groups=groups, of_experts=of_experts, precision=precision)
-    yield from linear(f"{name} up", rows, 2 * hidden, D)
+    up, down = linear(f"{name} up", rows, 2 * hidden, D), linear(f"{name} down", rows, D, hidden)
+    if of_experts and job.wide_into_activation:
+        weight = groups * D * hidden
+        up = with_one_wide(job, up, (rows * D, 2 * weight), backward=False)
+        down = with_one_wide(job, down, (rows * D, weight), backward=True)
+    yield from up
     moved = rows * hidden * job.wide_bytes
     # Fused: reads gate and up, writes the product. Ours fuses in experts only: silu, a copy of up, product.
     forward, backward = (3, 5) if job.plan.is_te or of_experts else (7, 12)
     act_part = "moe_act" if of_experts else part
     act = _memory(f"{name} act", act_part, forward * moved, backward * moved, backward_launches=1)
     yield replace(act, of_experts=of_experts)
-    yield from linear(f"{name} down", rows, D, hidden)
+    yield from down
 
 
 def _moe_ops(job: Job) -> Iterator[Op]:
@@ -338,8 +334,13 @@ def _moe_ops(job: Job) -> Iterator[Op]:
         groups=E // layout.ep,
         of_experts=True,
     )
+    # HybridEP writes rows where experts want them.
+    pads = job.plan.kernels == "te" and job.plan.dispatcher != "hybridep" and E > 1
+    if pads and job.expert_precision in EIGHT_BITS:
+        padded = (row_bytes / wide * moved for moved in UNFUSED_PADDING_BYTES)
+        yield replace(_memory("pad", "moe", *padded, launches=2), of_experts=True)
     if shape.expert_bias:
-        yield _bias_op(job, rows * layout.etp)
+        yield from _bias_ops(job, rows * layout.etp)
     yield _memory("combine", "", (sorts + 1) * row_bytes, (sorts + 1) * row_bytes, launches=2 * sorts)
     if shape.shared_hidden_size:
         width = shape.shared_hidden_size / layout.tp
@@ -363,17 +364,16 @@ def _router_op(job: Job, tokens: float) -> Op:
     )
 
 
-def _bias_op(job: Job, rows: float) -> Op:
+def _bias_ops(job: Job, rows: float) -> Iterator[Op]:
     """Biases of experts and the clamps that go with them; fused, only sums of gradients read rows again."""
-    hidden_size = job.shape.expert_hidden_size / job.layout.etp
-    outputs, hidden = rows * job.shape.hidden_size, rows * 2 * hidden_size
+    outputs, hidden = rows * job.shape.hidden_size, rows * 2 * job.shape.expert_hidden_size / job.layout.etp
     if job.plan.kernels == "te":
-        forward, backward = (
-            outputs * bias + hidden * clamp
-            for bias, clamp in zip(UNFUSED_BIAS_BYTES, UNFUSED_CLAMP_BYTES, strict=True)
-        )
+        clamps = (hidden * moved for moved in UNFUSED_CLAMP_BYTES)
+        clamp = _memory("clamp", "moe_act", *clamps, launches=UNFUSED_CLAMP_LAUNCHES)
+        yield replace(clamp, of_experts=True)
+        forward, backward = (outputs * moved for moved in UNFUSED_BIAS_BYTES)
         launches = UNFUSED_BIAS_LAUNCHES * job.shape.num_experts // job.layout.ep
     else:
         forward, backward, launches = 0.0, (outputs + hidden) * job.wide_bytes, 1
-    op = _memory("expert biases", "", forward, backward, launches=launches, backward_launches=2 * launches)
-    return replace(op, of_experts=True)
+    op = _memory("expert biases", "moe", forward, backward, launches=launches, backward_launches=2 * launches)
+    yield replace(op, of_experts=True)

@@ -68,6 +68,21 @@ class Plan:
         return max(0, round(self.fullest.needed_bytes - self.job.gpu.memory_bytes))
 
     @property
+    def short(self) -> dict[str, Any] | None:
+        """What a layout that does not fit lacks, in GiB, and the parts that take most; None if it fits."""
+        if not self.short_bytes:
+            return None
+        stage, gpu_bytes = self.fullest, self.job.gpu.memory_bytes
+        largest = sorted(stage.parts.items(), key=lambda part: -part[1])[:3]
+        return {
+            "stage": stage.stage,
+            "needed_gib": stage.needed_bytes / GIB,
+            "gpu_gib": gpu_bytes / GIB,
+            "short_gib": self.short_bytes / GIB,
+            "largest_gib": {name: value / GIB for name, value in largest},
+        }
+
+    @property
     def save_bytes(self) -> float | None:
         """Memory of a host that a checkpoint takes while it is written, on a node of the fullest stage.
 
@@ -145,6 +160,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "attack": f"{plan.attack}: {ADVICE[plan.attack]}",
         "fits": plan.short_bytes == 0,
         "short_bytes": plan.short_bytes,
+        "short": plan.short,
         "save_host_gib_per_node": None if plan.save_bytes is None else plan.save_bytes / GIB,
         "host_gib_per_node": plan.host_bytes / GIB,
         "memory_gib_by_stage": [

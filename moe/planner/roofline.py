@@ -10,14 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe.planner.hardware import Gpu
-from moe.planner.ops import Op
+from moe.planner.op import Op
 
-# Attention with 8-bit operands over that with 16: the products are twice as fast, the exponentials are not.
-FP8_ATTENTION = 1.25
-# An exponential costs as much as products over so long a head, which narrow heads feel: FlashAttention-3
-# (arXiv 2407.08608) has on H100 about 0.75 of its speed with heads of 64 that it has with those of 128.
-EXPONENTIAL = 64
+# Heads that efficiencies of attention stand for; with wider ones cuDNN is not faster (its benchmarks, see
+# attention.py).
 WHOLE_HEAD = 128
+# A score takes 4 FLOPs for each number of a head forward, in tensor cores; an exponential in the special
+# function units; and the largest of a row, a scaled difference and a sum in the 128 fp32 lanes of an SM
+# (FlashAttention-2, arXiv 2307.08691, algorithm 1). Heads of 64 so have 0.71 of the speed of heads of 128 on
+# H100 and 0.63 on B200, where cuDNN has 0.66-0.72 and 0.47-0.52; 8-bit operands, whose products alone are
+# twice as fast, 1.27 times the speed on B200 and 1.36 on B300, where it has 1.26-1.28 and 1.39-1.60.
+SCORE_FLOPS = 4
+SCORE_LANE_OPS = 3
+LANES = 128
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,15 @@ def _rate(op: Op, gpu: Gpu, *, backward: bool) -> float:
     efficiency, peak = gpu.efficiency, gpu.peak_flops
     if op.kind == "attention":
         share = efficiency.attention_bwd if backward else efficiency.attention_fwd
-        head = op.head_dim
-        narrow = min(1.0, head / (head + EXPONENTIAL) * (WHOLE_HEAD + EXPONENTIAL) / WHOLE_HEAD)
-        return peak["bf16"] * share * narrow * (FP8_ATTENTION if op.precision == "fp8" else 1.0)
+        return peak["bf16"] * share * _head_factor(op, gpu)
     share = efficiency.gemm_fp8 if op.precision in ("fp8", "mxfp8") else efficiency.gemm_bf16
     return peak[op.precision] * share
+
+
+def _head_factor(op: Op, gpu: Gpu) -> float:
+    """Speed of attention over that with 16-bit operands and whole heads: of softmax nothing gets narrower."""
+    softmax = gpu.sm_flops * (1 / gpu.sm_exps + SCORE_LANE_OPS / LANES)
+    products, whole = SCORE_FLOPS * min(op.head_dim, WHOLE_HEAD), SCORE_FLOPS * WHOLE_HEAD
+    narrow = products / (products + softmax) * (whole + softmax) / whole
+    in_8_bits = (products + softmax) / (products / 2 + softmax) if op.precision == "fp8" else 1.0
+    return narrow * in_8_bits

@@ -107,6 +107,7 @@ class Job:
         precision: Of the GEMMs.
         expert_precision: Of those of routed experts.
         fp8_input_store: Routed experts keep the activation's input in 8 bits.
+        wide_into_activation: Their products into the activation and its backward are not quantised.
         plan: The other assumptions.
         stage_layers: Layers of each chunk of the pipeline; empty balances them.
         recompute: Parts computed again in the backward pass.
@@ -126,6 +127,7 @@ class Job:
     expert_precision: Precision
     plan: PlanSection
     fp8_input_store: bool = False
+    wide_into_activation: bool = False
     stage_layers: tuple[int, ...] = ()
     recompute: tuple[Recompute, ...] = ()
     zero: int = 1
@@ -213,6 +215,7 @@ def searched_job(config: PlanConfig, gpus: int, gpu: Gpu) -> Job:
         expert_precision=plan.precision or _EXPERTS[config.model.expert_precision] or config.train.precision,
         plan=plan,
         fp8_input_store=config.model.expert_fp8_input_store,
+        wide_into_activation=config.model.expert_wide_into_activation,
         stage_layers=parallel.stage_layers,
         recompute=_RECOMPUTED[config.train.recompute] if plan.recompute is None else plan.recompute,
         zero=config.engine.zero_stage if plan.zero is None else plan.zero,
@@ -243,6 +246,11 @@ def check(job: Job) -> list[str]:
         problems.append(
             f"{job.num_microbatches} micro-batches are no multiple of parallel.pp={layout.pp}, as "
             f"parallel.vpp={layout.vpp} needs"
+        )
+    if job.wide_into_activation and job.plan.is_te:
+        problems.append(
+            "model.expert_wide_into_activation=true is an option of our kernels that "
+            f"plan.kernels={job.plan.kernels} lacks; use plan.kernels=ours, or leave it false"
         )
     keys = {job.expert_precision: "model.expert_precision", job.precision: "train.precision"}
     for precision, key in keys.items():

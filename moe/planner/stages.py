@@ -8,7 +8,7 @@ from moe.counts.stages import Stage, chunk_layers, split_stages, stage_parts
 from moe.counts.weights import Weight
 from moe.planner.settings import Job
 
-__all__ = ["Stage", "held_params", "router_params", "stage_weights", "stages_of"]
+__all__ = ["Stage", "held_params", "router_params", "stage_weights", "stages_of", "wide_params"]
 
 
 def stages_of(job: Job) -> tuple[Stage, ...]:
@@ -37,3 +37,13 @@ def router_params(job: Job, stage: Stage) -> int:
     """Those of routers, which stay in fp32 on every rank."""
     parts = stage_parts(job.shape, stage)
     return sum(count * w.numel for weights, count in parts for w in weights if w.name == "router")
+
+
+def wide_params(job: Job, stage: Stage) -> int:
+    """Those on a rank that never have 8 bits: of embeddings, and of a head of its own unless fp8_head.
+
+    Megatron-Core makes 8-bit weights in transformer blocks only (0.16.1, transformer_block.py).
+    """
+    names = {"embedding"} if job.plan.fp8_head else {"embedding", "head"}
+    wide = [weight for weight in stage_weights(job.shape, stage) if weight.name in names]
+    return params_on_rank(wide, tp=job.layout.tp, expert_ranks=job.layout.expert_ranks)[0]

@@ -29,7 +29,8 @@ from moe.planner.bytes_sent import (
 )
 from moe.planner.imbalance import imbalance
 from moe.planner.muon import muon_update
-from moe.planner.ops import Op, embedding_ops, head_ops, layer_ops, mtp_ops
+from moe.planner.op import Op
+from moe.planner.ops import embedding_ops, head_ops, layer_ops, mtp_ops
 from moe.planner.roofline import backward_time, forward_time
 from moe.planner.settings import Job
 from moe.planner.stages import Stage, held_params, stages_of
@@ -123,7 +124,9 @@ class _Pass:
     forward_s: float = 0.0
     backward_s: float = 0.0
     math_s: float = 0.0
-    launch_cpu_s: float = 0.0
+    forward_cpu_s: float = 0.0  # Python launches
+    backward_cpu_s: float = 0.0
+    waits_s: float = 0.0  # of the forward pass for Python, where each layer ends its lead
     products_tp_s: float = 0.0  # feeds or follows products of layers
     other_tp_s: float = 0.0
     ep_s: float = 0.0
@@ -176,12 +179,39 @@ def _stage_passes(job: Job) -> list[_Pass]:
 
 
 def _layer_pass(job: Job, *, dense: bool) -> _Pass:
-    compute = _ops_pass(job, layer_ops(job, dense=dense))
-    return compute + _tensor_pass(job, dense=dense) + (_Pass() if dense else _expert_pass(job))
+    ops = layer_ops(job, dense=dense)
+    layer = _ops_pass(job, ops) + _tensor_pass(job, dense=dense)
+    if dense:
+        return layer
+    layer += _expert_pass(job)
+    experts = _ops_pass(job, [op for op in ops if op.of_experts])
+    return layer + _Pass(waits_s=_waits_s(job, layer, experts))
+
+
+def _waits_s(job: Job, layer: _Pass, experts: _Pass) -> float:
+    """What the GPU waits for Python in a layer's forward pass if the host must learn the rows of experts.
+
+    Python stops until the GPU has counted them, so it has no lead when it launches the experts, nor, once
+    these have caught up, when it launches the rest (Megatron-Core 0.16.1, token_dispatcher.py).
+    """
+    tp_s = layer.products_tp_s - _hidden_tp_s(job, layer) + layer.other_tp_s
+    others_s = layer.forward_s - experts.forward_s + (1 - BACKWARD_SHARE) * tp_s
+    others_cpu_s = layer.forward_cpu_s - experts.forward_cpu_s
+    experts_s = experts.forward_s + layer.ep_s / 2
+    return max(0.0, others_cpu_s - others_s) + max(0.0, experts.forward_cpu_s - experts_s)
+
+
+def _counts_on_host(job: Job) -> bool:
+    """Whether each layer ends Python's lead: not if the step is one graph, nor beside another micro-batch.
+
+    A dense model, planned as one expert, has no rows to count.
+    """
+    needed = job.shape.num_experts > 1 and (job.layout.ep > 1 or job.plan.kernels == "te")
+    return needed and job.plan.cuda_graph != "full" and not job.plan.overlap_ep
 
 
 def _mtp_pass(job: Job) -> _Pass:
-    return _ops_pass(job, mtp_ops(job)) + _tensor_pass(job, dense=False) + _expert_pass(job)
+    return _ops_pass(job, mtp_ops(job)) + _layer_pass(job, dense=False)
 
 
 def _ops_pass(job: Job, ops: Iterable[Op]) -> _Pass:
@@ -194,12 +224,13 @@ def _op_pass(job: Job, op: Op, load: float) -> _Pass:
     again = 1 if _is_recomputed(job, op) else 0
     graphs = LAUNCHING_EXPERTS if op.of_experts else LAUNCHING_OTHERS
     backward_launches = backward.launches * (1.0 if job.plan.is_te else BACKWARD_LAUNCH)
-    launches = forward.launches * (1 + again) + backward_launches
+    launch_s = job.gpu.launch_s if job.plan.cuda_graph in graphs else 0.0
     return _Pass(
         forward_s=load * forward.total_s,
         backward_s=load * (backward.total_s + again * forward.total_s),
         math_s=load * (forward.math_s * (1 + again) + backward.math_s),
-        launch_cpu_s=launches * job.gpu.launch_s if job.plan.cuda_graph in graphs else 0.0,
+        forward_cpu_s=forward.launches * launch_s,
+        backward_cpu_s=(forward.launches * again + backward_launches) * launch_s,
     )
 
 
@@ -233,20 +264,28 @@ def _expert_pass(job: Job) -> _Pass:
 def _overlapped(job: Job, one: _Pass) -> Spent:
     """Causes of one micro-batch, with communication beside compute if asked for."""
     busy_s = one.forward_s + one.backward_s
-    # Of as many parts as ranks all but one travel beside the products of the others.
-    beside_s = one.products_tp_s * (1 - 1 / job.layout.tp)
-    hidden_tp_s = min(beside_s, busy_s) if job.plan.overlap_tp else 0.0
+    hidden_tp_s = _hidden_tp_s(job, one)
     tp_s = one.products_tp_s - hidden_tp_s + one.other_tp_s
     beside_s = job.gpu.efficiency.ep_hidden * one.ep_s
     hidden_s = min(beside_s, busy_s - hidden_tp_s) if job.plan.overlap_ep else 0.0
     exposed_s = one.ep_s - hidden_s * (1 - job.gpu.efficiency.ep_sms)
+    launch_s = max(0.0, one.forward_cpu_s + one.backward_cpu_s - busy_s - tp_s - exposed_s)
+    if _counts_on_host(job):
+        backward_s = one.backward_s + BACKWARD_SHARE * tp_s + exposed_s / 2
+        launch_s = max(launch_s, one.waits_s + max(0.0, one.backward_cpu_s - backward_s))
     return Spent(
         math_s=one.math_s,
         memory_s=busy_s - one.math_s,
-        launch_s=max(0.0, one.launch_cpu_s - busy_s - tp_s - exposed_s),
+        launch_s=launch_s,
         tp_s=tp_s,
         ep_s=exposed_s,
     )
+
+
+def _hidden_tp_s(job: Job, one: _Pass) -> float:
+    """Of as many parts as ranks all but one travel beside the products of the others."""
+    beside_s = one.products_tp_s * (1 - 1 / job.layout.tp)
+    return min(beside_s, one.forward_s + one.backward_s) if job.plan.overlap_tp else 0.0
 
 
 def _pipeline_s(job: Job) -> float:

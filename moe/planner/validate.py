@@ -2,7 +2,7 @@
 
 Errors are shown as they are. Nothing in the planner knows a row; tests/planner checks that. Constants were
 fitted to rows.yaml; runs of examined.yaml showed missing terms, and one of them chose a factor; those of
-held_out.yaml had no part.
+held_out.yaml had no part in step times.
 """
 
 from __future__ import annotations

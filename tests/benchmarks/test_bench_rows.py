@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_grouped_gemm, bench_moe_layer, bench_topk_route, layer_rows
+from benchmarks import bench_grouped_gemm, bench_moe_layer, bench_topk_route, harness, layer_rows
 from benchmarks.harness import time_interleaved_ms
 from benchmarks.roofs import PEAKS, roof_ms
 from benchmarks.shapes import DIRECTIONS, SETS
@@ -37,10 +37,15 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     return run
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_layer_rows(call, capsys, dtype):
-    code, rows = call(bench_moe_layer, "--device", "cpu", "--dtype", dtype, *SMALL, "--impl", "hf_grouped_mm")
+@pytest.mark.parametrize(("dtype", "memory"), [("fp32", "kept"), ("bf16", "glibc")])
+def test_layer_rows(call, capsys, monkeypatch, dtype, memory):
+    kept = []
+    monkeypatch.setattr(harness, "keep_freed_memory", lambda: kept.append(1))
+    options = ("--device", "cpu", "--dtype", dtype, "--impl", "hf_grouped_mm")
+    code, rows = call(bench_moe_layer, *options, *SMALL, "--freed-memory", memory)
     assert code == 0
+    assert {row["stamp"]["freed_memory"] for row in rows} == {memory}
+    assert bool(kept) == (memory == "kept")
     assert all(set(row) >= KEYS for row in rows)
     assert [(row["impl"], row["direction"]) for row in rows] == [
         (impl, direction) for impl in ("matmul", "moe", "hf_grouped_mm") for direction in DIRECTIONS

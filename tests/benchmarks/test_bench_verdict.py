@@ -71,12 +71,15 @@ def test_what_is_saved_is_x_h_weights_and_index():
 def test_fp8_products_are_held_to_their_own_rule():
     shape = Shape(T=64, H=128, I=128, E=4, K=2)
     problem = make_problem(shape, torch.bfloat16, "cpu")
-    variant = ours(problem, precision="fp8")
-    results = Runner(problem, variant).results()
-    assert complaints(judge(problem, results), variant.products) == ""
+    variants = [ours(problem, precision="fp8", wide_into_activation=wide) for wide in (False, True)]
+    assert [variant.fp8_products for variant in variants] == [3, 1]
+    results, wide_results = (Runner(problem, variant).results() for variant in variants)
+    assert complaints(judge(problem, results), torch.bfloat16, 3) == ""
     assert complaints(judge(problem, results), torch.bfloat16)  # so FP8 it was
+    assert complaints(judge(problem, wide_results), torch.bfloat16, 1) == ""
+    assert complaints(judge(problem, results), torch.bfloat16, 1)  # so others were wide
     results["grad_down"] *= 1.1
-    assert complaints(judge(problem, results), variant.products).startswith("grad_down differs by")
+    assert complaints(judge(problem, results), torch.bfloat16, 3).startswith("grad_down differs by")
 
 
 def test_layouts_of_rivals_are_undone():

@@ -11,6 +11,7 @@ from benchmarks import readme_table
 from benchmarks.layer_rows import UNMEASURED
 
 CPU = {"device": "AMD EPYC", "threads": 2, "torch": "2.13", "triton": "3.7", "commit": "abc1234"}
+CPU |= {"freed_memory": "kept"}
 GPU = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11", "triton": "3.6", "commit": "def5678"}
 
 
@@ -29,7 +30,7 @@ def test_a_cpu_file_becomes_a_table(tmp_path: Path):
     rows.append(row("hf_eager", **UNMEASURED))
     write(tmp_path / "2026-01-31-cpu-moe-layer-fp32.json", rows)
     text = readme_table.speed(tmp_path)
-    assert "on AMD EPYC (CPU, 2 threads; torch 2.13, triton 3.7, commit abc1234)" in text
+    assert "on AMD EPYC (CPU, 2 threads, freed memory kept; torch 2.13, triton 3.7, commit abc1234)" in text
     assert "](benchmarks/results/2026-01-31-cpu-moe-layer-fp32.json):" in text
     assert "| 4096,512,256,64,4 | fp32 | moe | 412.3 | 94 | 82 % | 21.3 |" in text
     assert "| 4096,512,256,64,4 | fp32 | matmul | 412.3 | 94 | 82 % |  |" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from broken_experts import BROKEN_EXPERTS
 
 from moe.config import rules
 
@@ -10,6 +11,7 @@ BLENDS = ("data.train=[{prefix: a}]", "data.heldout=[{prefix: b}]")
 
 # (overrides, ranks, what the one problem must say)
 BROKEN = {
+    **BROKEN_EXPERTS,
     "world": (["parallel.tp=2", "parallel.pp=2"], 6, ["6 rank(s)", "2*2*1 = 4", "--nproc", "multiple of 4"]),
     "ep and ranks": (["parallel.ep=8"], 4, ["parallel.ep=8", "4 rank(s)", "allowed: 1, 2, 4"]),
     "ep and experts": (
@@ -26,44 +28,6 @@ BROKEN = {
         ["parallel.ep=2", "parallel.etp=2"],
         2,
         ["parallel.ep*parallel.etp = 2*2 = 4", "2 rank(s)", "allowed: 1, 2"],
-    ),
-    "parts of experts": (
-        ["parallel.etp=2", "model.expert_hidden_size=24"],
-        2,
-        ["parallel.etp=2", "model.expert_hidden_size=24", "multiples of 8", "bf16", "allowed: 1, 3"],
-    ),
-    "8 bits to store and none to compute in": (
-        ["model.expert_fp8_input_store=true"],
-        1,
-        ["model.expert_fp8_input_store=true", "model.expert_precision", "use fp8, fp8_power_of_two or mxfp8"],
-    ),
-    "parts of experts in 8 bits": (
-        ["parallel.etp=2", "model.expert_hidden_size=384", "model.expert_precision=fp8"],
-        2,
-        ["parallel.etp=2", "multiples of 128", "kernels of model.expert_precision=fp8", "allowed: 1, 3"],
-    ),
-    "sizes of experts in 8 bits": (
-        ["model.expert_hidden_size=288", "model.hidden_size=264", "model.expert_precision=mxfp8"],
-        1,
-        ["model.expert_precision=mxfp8", "not 288 and 264", "use 384 and 272", "model.expert_precision=wide"],
-    ),
-    "activation of experts in 8 bits": (
-        ["model.expert_activation=geglu", "model.expert_precision=fp8"],
-        1,
-        ["model.expert_precision=fp8", "model.expert_activation=geglu", "use model.expert_precision=wide"],
-    ),
-    "parts of biases": (
-        [
-            "parallel.etp=3",
-            "model.expert_hidden_size=96",
-            "model.hidden_size=64",
-            "model.expert_bias=true",
-            "train.global_batch_size=6",
-            "train.eval_sequences=6",
-            "train.micro_batch_size=2",
-        ],
-        3,
-        ["parallel.etp=3", "model.hidden_size=64", "model.expert_bias=true"],
     ),
     "layers of stages": (
         ["parallel.pp=2", "model.num_layers=5", "parallel.stage_layers=[3,1]"],

@@ -33,6 +33,14 @@ FP8 = (
     | {"fp8_grad_h_kernel": 1, "sum_partials_kernel": 1, "fp8_wgrad_kernel": 2}
     | {"tile_map_kernel": 2, "fp8_gemm_kernel": 1, "sum_rows_kernel": 1},
 )
+# Neither X nor dO is quantised by rows, nor the weights that they are multiplied with.
+FP8_AND_WIDE = (
+    {"quantize_weights_kernel": 1, "fp8_up_kernel": 1, "fp8_gemm_kernel": 1, "sum_rows_kernel": 1}
+    | {"tile_map_kernel": 2},
+    {"quantize_weights_kernel": 1, "quantize_columns_kernel": 2}
+    | {"fp8_grad_h_kernel": 1, "sum_partials_kernel": 1, "fp8_wgrad_kernel": 2}
+    | {"tile_map_kernel": 2, "fp8_gemm_kernel": 1, "sum_rows_kernel": 1},
+)
 MXFP8 = (
     {"quantize_rows_kernel": 3}
     | {"tile_map_kernel": 1, "mx_up_kernel": 1, "mx_gemm_kernel": 1, "sum_rows_kernel": 1},
@@ -104,15 +112,18 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     [
         ("triton_kernel", {}, WIDE),
         ("fp8_triton", {"format": "fp8"}, FP8),
+        ("fp8_triton", {"format": "fp8", "wide_into_activation": True}, FP8_AND_WIDE),
         ("fp8_triton", {"format": "mxfp8"}, MXFP8),
     ],
-    ids=["wide", "fp8", "mxfp8"],
+    ids=["wide", "fp8", "fp8_and_wide", "mxfp8"],
 )
 def test_a_step_launches_so_many_kernels_and_reads_nothing(file, options, expected, launches, triton_device):
     experts = import_module(f"moe.kernels.expert_mlp.{file}")
     E, ids_TK = ROUTINGS["sentinels"]
     index = permute_index(ids_TK.flatten(), E)
     inputs = tensors(E, *ids_TK.shape)
+    if options:
+        options = {"wide_into_activation": False} | options
     compress = {"compress_h": False} if options else {}
     launches.clear()
     with ReadBacks() as read_backs:

@@ -8,6 +8,7 @@ from threading import Event, current_thread
 import pytest
 import torch
 from routed_pairs import some_ids
+from tolerances import LARGEST_DIFFERENCE, difference
 from torch import Tensor
 
 from moe.kernels.expert_mlp import expert_mlp
@@ -29,7 +30,7 @@ def restore_threads() -> Iterator[None]:
 def run(ids_TK: Tensor, num_threads: int, dtype: torch.dtype) -> list[Tensor]:
     torch.set_num_threads(num_threads)
     generator = torch.Generator().manual_seed(0)
-    shapes = ((T, D), (E, 2 * F, D), (E, D, F), (T, K))
+    shapes = ((T, D), (E, 2 * F, D), (E, D, F), ids_TK.shape)
     dtypes = (dtype, dtype, dtype, torch.float32)
     leaves = [
         torch.randn(shape, generator=generator).to(kind).requires_grad_()
@@ -45,6 +46,12 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype):
     for num_threads in (2, 3):
         assert all(map(torch.equal, alone, run(some_ids(T, E, K), num_threads, dtype)))
         assert torch.get_num_threads() == num_threads
+
+
+def test_many_threads_add_up_at_the_end():
+    few, many = (run(some_ids(T, E, 4), num_threads, torch.float32) for num_threads in (8, 9))
+    for one, other in zip(few, many, strict=True):
+        assert difference(one, other) < LARGEST_DIFFERENCE[torch.float32]
 
 
 def test_rows_are_added_in_order_though_the_first_come_last():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gradients import gradients
-from tolerances import assert_close
+from tolerances import LARGEST_DIFFERENCE, assert_close, difference
 
 from moe.kernels.expert_mlp.reference import expert_mlp_reference
 from moe.kernels.permute_index import permute_index
@@ -120,6 +120,20 @@ def test_a_layer_that_stores_in_8_bits_trains_as_well():
     assert losses[False] < 0.01 and losses[True] < 0.015, losses  # it begins above 1
 
 
+def test_with_wide_products_into_the_activation_a_layer_errs_as_one_product_may():
+    results = []
+    for settings in ({}, {"precision": "fp8", "wide_into_activation": True}):
+        layer = make_layer(expert_hidden_size=128, **settings)
+        x_SBD = torch.randn(16, 8, D, requires_grad=True)
+        y_SBD = layer(x_SBD).y
+        experts = dict(layer.experts.named_parameters())
+        results.append({"y": y_SBD} | gradients(y_SBD, torch.randn(y_SBD.shape), x=x_SBD, **experts))
+    exact, rounded = results
+    for name, tensor in rounded.items():
+        differs = difference(tensor, exact[name])
+        assert LARGEST_DIFFERENCE[torch.bfloat16] < differs < LARGEST_DIFFERENCE[torch.float8_e4m3fn], name
+
+
 def note_bytes(saved: dict[int, int], tensor: torch.Tensor) -> torch.Tensor:
     saved[tensor.data_ptr()] = tensor.nbytes
     return tensor
@@ -148,6 +162,11 @@ def test_the_global_balance_loss_is_the_mean_over_ranks_of_one_batch(start_ranks
     [
         ({"activation": "relu"}, "activation='relu' is unknown; allowed: swiglu, geglu, clamped_swiglu"),
         ({"fp8_input_store": True}, "fp8_input_store needs a precision of fp8, .*, mxfp8, got 'wide'"),
+        ({"wide_into_activation": True}, "wide_into_activation needs a precision of fp8, .*, got 'wide'"),
+        (
+            {"precision": "fp8", "fp8_input_store": True, "wide_into_activation": True},
+            "fp8_input_store rounds what wide_into_activation keeps wide",
+        ),
         ({"precision": "fp8", "expert_bias": True}, "precision='fp8' takes .*, got 'swiglu' and True"),
         ({"precision": "mxfp8", "activation": "geglu"}, "precision='mxfp8' takes .*, got 'geglu' and False"),
         ({"precision": "int4"}, "precision='int4' is unknown; allowed: wide, fp8, fp8_power_of_two, mxfp8"),

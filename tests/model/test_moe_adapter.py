@@ -26,9 +26,11 @@ ROUTER = {
 }
 # By the layer's names; 8-bit experts have no other activation and no biases.
 EXPERTS = (
-    {"activation": "geglu", "expert_bias": True, "precision": "wide", "fp8_input_store": False},
+    {"activation": "geglu", "expert_bias": True, "precision": "wide"},
     {"activation": "swiglu", "expert_bias": False, "precision": "fp8", "fp8_input_store": True},
+    {"activation": "swiglu", "expert_bias": False, "precision": "mxfp8", "wide_into_activation": True},
 )
+OFF = {"fp8_input_store": False, "wide_into_activation": False}
 SIZES = {"hidden_size": 16, "num_experts": 8, "top_k": 3, "expert_hidden_size": 8}
 
 
@@ -47,10 +49,10 @@ def settings_of_the_layer(experts: dict[str, object], **router: object) -> dict[
     return asdict(layer_config(model, "torch"))
 
 
-@pytest.mark.parametrize("experts", EXPERTS, ids=["bias", "8 bits"])
+@pytest.mark.parametrize("experts", EXPERTS, ids=["bias", "8 bits", "8 bits and wide"])
 def test_settings_reach_the_layer(experts):
     settings = settings_of_the_layer(experts, **ROUTER)
-    expected = {**SIZES, **ROUTER, **experts, "backend": "torch", "score_before_topk": True}
+    expected = {**SIZES, **ROUTER, **OFF, **experts, "backend": "torch", "score_before_topk": True}
     # Megatron's own: the shared expert, the initial weights, the order of axes.
     assert settings == expected | {"shared_expert_hidden_size": 0, "init_std": 0.02, "batch_first": False}
 

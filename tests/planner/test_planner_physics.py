@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
+from moe.errors import InputError
 from moe.planner.activations import Saved, layer_saved
 from moe.planner.bytes_sent import bytes_sent
 from moe.planner.collectives import Group, gather_s, tensor_group
 from moe.planner.hardware_file import find_gpu
+from moe.planner.imbalance import imbalance
 from moe.planner.memory import memory_of_stages
 from moe.planner.muon import momenta_bytes
 from moe.planner.ops import Op, layer_ops
+from moe.planner.plan import as_json, make_plan
 from moe.planner.roofline import forward_time
 from moe.planner.settings import Job, PlanSection, load_plan_config, make_job
 from moe.planner.stages import stages_of
@@ -63,6 +66,35 @@ def test_only_wide_experts_add_to_gradient_buffers() -> None:
     held = (memory_of_stages(one)[0].workspace for one in (narrow, job))
     experts = 128 / 8 * 3 * 2048 * 768
     assert next(held) - next(held) == pytest.approx(experts * (2 + 1 + 1 / 32))
+
+
+@pytest.mark.parametrize(("precision", "gpu"), [("fp8", "h100"), ("mxfp8", "b200")])
+def test_wide_products_into_the_activation_are_a_third_and_quantise_less(precision: str, gpu: str) -> None:
+    job = job_of("qwen3-30b-a3b", f"model.expert_precision={precision}", gpu=gpu)
+    narrow, mixed = ops_of(job), ops_of(replace(job, wide_into_activation=True))
+    up, down = (mixed[f"experts {name}, wide"] for name in ("up", "down"))
+    assert (up.flops, up.backward_flops) == (narrow["experts up"].flops, 0)
+    assert (down.flops, down.backward_flops) == (0, narrow["experts down"].flops)
+    assert up.precision == down.precision == "bf16"
+    assert mixed["experts up"].precision == mixed["experts down"].precision == precision
+    for total in ("flops", "backward_flops"):
+        assert sum(getattr(op, total) for op in mixed.values()) == pytest.approx(
+            sum(getattr(op, total) for op in narrow.values())
+        )
+    weights = [f"quantize weights of experts {name}" for name in ("up", "down")]
+    assert [mixed[name].bytes for name in weights] == [0, narrow[weights[1]].bytes]
+    assert [mixed[name].backward_bytes for name in weights] == [narrow[weights[0]].backward_bytes, 0]
+    rows = narrow["quantize experts up"].bytes - mixed["quantize experts up"].bytes
+    assert (
+        rows == narrow["quantize experts down"].backward_bytes - mixed["quantize experts down"].backward_bytes
+    )
+    assert rows > 0
+
+
+def test_transformer_engine_has_no_wide_products_into_the_activation() -> None:
+    options = ("model.expert_precision=fp8", "model.expert_wide_into_activation=true")
+    with pytest.raises(InputError, match=r"expert_wide_into_activation=.*plan\.kernels=te_fused.*; use "):
+        job_of("qwen3-30b-a3b", *options, "plan.kernels=te_fused")
 
 
 def te_plan(job: Job) -> PlanSection:
@@ -182,3 +214,117 @@ def test_gradients_held_twice_take_time() -> None:
     whole = 151936 * 2048 / 2 * 4
     pair = Group(size=2, near=1)
     assert embedding_s == pytest.approx(2 * gather_s(whole, pair, job.gpu))
+
+
+def test_clamped_experts_keep_two_copies_unless_they_are_computed_again() -> None:
+    """Gate and up as they came and as they were clamped; recomputed, the clamps are launched again."""
+    job = job_of("gpt-oss-120b", "plan.kernels=te", gpus=64)
+    again = replace(job, recompute=("moe_act",))
+    unbiased = replace(job, shape=replace(job.shape, expert_bias=False))
+    rows = 4096 * 4 * imbalance(job)
+    saved, plain, kept = (layer_saved(one, dense=False).experts for one in (job, unbiased, again))
+    assert saved - plain == pytest.approx(rows * 2 * 2880 * 2)
+    assert kept == pytest.approx(plain - rows * 2880 * 2)
+    assert ops_of(job)["clamp"].part == "moe_act"
+    assert ops_of(job)["expert biases"].part == "moe"
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "deepep", "hybridep"])
+def test_8_bit_rows_are_padded_by_the_dispatcher_or_by_copies(dispatcher: str) -> None:
+    job = job_of("qwen3-30b-a3b", "plan.kernels=te", f"plan.dispatcher={dispatcher}", "plan.precision=fp8")
+    wide = replace(job, precision="bf16", expert_precision="bf16")
+    fused = replace(job, plan=job.plan.model_copy(update={"kernels": "te_fused"}))
+    assert not {"pad"} & {*ops_of(wide), *ops_of(fused)}
+    assert ("pad" in ops_of(job)) == (dispatcher != "hybridep")
+    if dispatcher != "hybridep":  # rows and outputs, each read and written
+        assert ops_of(job)["pad"].bytes == 4 * 4096 * 8 * 2048 * 2
+        assert ops_of(job)["pad"].part == "moe", "recomputed with the experts"
+
+
+def test_each_expert_has_half_a_tile_too_many() -> None:
+    """16 experts on a rank; a dense model is one expert of all rows, which fill their tiles."""
+    job = job_of("qwen3-30b-a3b")
+    up = ops_of(job)["experts up"]
+    assert up.flops == 2 * (4096 * 8 + 16 * 127 / 2) * 2048 * 2 * 768
+    assert up.backward_flops == 2 * up.flops
+    dense = replace(job, shape=replace(job.shape, num_experts=1, top_k=1), layout=replace(job.layout, ep=1))
+    assert ops_of(dense)["experts up"].flops == 2 * 4096 * 2048 * 2 * 768
+
+
+@pytest.mark.parametrize(("tokens", "with_rows"), [(64, 16), (1, 8)])
+def test_few_rows_take_a_tile_for_each_expert_that_has_some(tokens: int, with_rows: int) -> None:
+    few = replace(job_of("qwen3-30b-a3b"), seq_length=tokens, micro_batch=1)
+    assert ops_of(few)["experts up"].flops == 2 * with_rows * 128 * 2048 * 2 * 768
+
+
+def test_biases_of_outputs_are_added_apart_where_experts_have_some() -> None:
+    job = job_of("gpt-oss-120b", "plan.kernels=te", gpus=64)
+    plain = replace(job, shape=replace(job.shape, attention=replace(job.shape.attention, out_bias=False)))
+    with_bias, without = ops_of(job)["residuals"], ops_of(plain)["residuals"]
+    assert with_bias.bytes - without.bytes == 2 * 4096 * 2880 * 2
+    assert with_bias.backward_bytes - without.backward_bytes == 4096 * 2880 * 2
+
+
+def test_transformer_engine_keeps_contiguous_values_and_no_projection() -> None:
+    """Unless norms of heads do; 8-bit operands once, or by rows and by columns; the output stays wide."""
+    ours = job_of("qwen3-30b-a3b", "model.attention.qk_norm=none")
+    te = replace(ours, plan=te_plan(ours))
+    q, k = 4096 * 32 * 128, 4096 * 4 * 128
+    saved = [layer_saved(job, dense=False).attention for job in (ours, te)]
+    assert saved[0] - saved[1] == 2 * (q + k)
+    assert layer_saved(replace(te, precision="fp8"), dense=False).attention == saved[1]
+    in_8_bits = replace(te, plan=te.plan.model_copy(update={"fp8_attention": True}))
+    assert saved[1] - layer_saved(in_8_bits, dense=False).attention == q + 2 * k
+    twice, once = (
+        layer_saved(replace(job, precision="mxfp8"), dense=False).attention for job in (in_8_bits, te)
+    )
+    assert twice - once == pytest.approx((q + 2 * k) / 16)
+    latent = replace(job_of("deepseek-v3-671b", gpus=64), recompute=())
+    up = [layer_saved(job, dense=False).attention for job in (latent, replace(latent, plan=te_plan(latent)))]
+    assert up[0] - up[1] == 4096 * 128 * 128 * 2
+
+
+def test_8_bit_weights_have_one_copy_where_products_take_columns() -> None:
+    """Embedding and head stay wide; Hopper keeps a copy by columns, too, as much as 16 bits."""
+    overrides = ("plan.kernels=te", "plan.precision=fp8")
+    h100, b200 = (
+        memory_of_stages(job_of("qwen3-30b-a3b", *overrides, gpu=gpu))[0] for gpu in ("h100", "b200")
+    )
+    ends = 2 * 151936 * 2048
+    numbers = h100.weights / 2
+    assert b200.weights == pytest.approx(numbers - ends + 2 * ends)
+    quantised = [
+        ops_of(job_of("qwen3-30b-a3b", *overrides, gpu=gpu))["quantize qkv"].bytes for gpu in ("h100", "b200")
+    ]
+    assert quantised[0] - quantised[1] == 4096 * 2048
+
+
+def test_python_has_no_lead_when_experts_are_counted() -> None:
+    """Rows of experts are read on the host in each layer: 64 experts are launched one by one."""
+    slow = replace(find_gpu("h100"), launch_s=100e-6)
+    unfused = ("plan.kernels=te", "plan.cuda_graph=partial", "parallel.ep=2")
+    job = replace(job_of("qwen3-30b-a3b", *unfused), gpu=slow)
+    others = {"cuda_graph": "full"}, {"overlap_ep": True}
+    waits = step_time(job).spent.launch_s
+    assert waits > 0
+    forward_s = sum(op.launches for op in layer_ops(job, dense=False) if op.of_experts) * slow.launch_s
+    busy_s = sum(forward_time(op, slow).total_s for op in layer_ops(job, dense=False) if op.of_experts)
+    layers = 48 * job.num_microbatches
+    assert waits >= (forward_s - 1.1 * busy_s - step_time(job).expert_exchange_s / layers / 2) * layers > 0
+    for other in others:
+        assert step_time(replace(job, plan=job.plan.model_copy(update=other))).spent.launch_s < waits
+    quick = replace(job, gpu=replace(slow, launch_s=1e-9))
+    assert step_time(quick).spent.launch_s == 0
+
+
+def test_a_layout_that_does_not_fit_is_planned_and_says_what_is_short() -> None:
+    small = job_of("qwen3-30b-a3b", "parallel.ep=1")
+    values = as_json(make_plan(small, 1))
+    assert not values["fits"]
+    short = values["short"]
+    assert short["short_gib"] == pytest.approx(short["needed_gib"] - short["gpu_gib"])
+    assert short["short_gib"] == pytest.approx(values["short_bytes"] / 2**30)
+    assert len(short["largest_gib"]) == 3
+    assert set(values) == set(as_json(make_plan(job_of("qwen3-30b-a3b"), 1)))
+    assert values["step_s"] > 0 and values["memory_gib_worst_rank"] > 79
+    assert as_json(make_plan(replace(small, gpu=find_gpu("gb300")), 1))["short"] is None

@@ -242,6 +242,10 @@ def test_experts_alone_can_be_quantised() -> None:
     stored = planned(
         KIMI, *layout, "model.expert_precision=fp8", "model.expert_fp8_input_store=true", gpus=512
     )
+    mixed = planned(
+        KIMI, *layout, "model.expert_precision=fp8", "model.expert_wide_into_activation=true", gpus=512
+    )
+    assert narrow["step_s"] < mixed["step_s"] < wide["step_s"]
     memory = "memory_gib_worst_rank"
     assert everywhere[memory] < wide[memory] <= narrow[memory] > stored[memory]
     with pytest.raises(InputError, match=r"model\.expert_precision=mxfp8 is not of h100"):

@@ -53,7 +53,7 @@ def test_errors_of_the_planner_are_those_of_the_result_file():
     )
     assert sentence in README
     sentence = (
-        f"{held_out['rows']} published runs that had no part in any constant or term it is "
+        f"{held_out['rows']} published runs that had no part in any constant or term of step times it is "
         f"{100 * held_out['step_median_abs_error']:.1f} % and "
         f"{100 * held_out['step_worst_abs_error']:.1f} %, though "
         f"{sum(row['repeats'] is not None for row in results['rows_held_out'])} of them have model, GPU and "
