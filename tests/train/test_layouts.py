@@ -24,7 +24,7 @@ LAYOUTS = {
         ("parallel.pp=2", "parallel.vpp=2", "parallel.ep=2", "train.recompute=full"),
     ),
 }
-SLOW = ("tp2", "tp2 ep2")
+SLOW = ("tp2", "tp2 ep2", "pp2 vpp2 ep2, recomputed")
 
 
 # Four ranks take long to start; tests/engine/test_layout_matrix.py has more layouts in less time.
