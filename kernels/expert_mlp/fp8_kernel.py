@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe.kernels.grouped_gemm.fp8_kernel import BLOCK, scaled_row_products
-from moe.kernels.grouped_gemm.triton_kernel import eighths, gathered, row_products, tile_rows
+from moe.kernels.grouped_gemm.fp8_kernel import BLOCK, scaled_row_products, wide_products
+from moe.kernels.grouped_gemm.triton_kernel import eighths, gathered, tile_rows
 from moe.kernels.quantize.triton_kernel import magnitude_bits, scales_of
 
 # Not tuned on a GPU yet; the largest that the scaled sums and the epilogues leave registers for.
@@ -101,20 +101,7 @@ def products(
     """
     m_columns = o_columns >= 0
     if p_a_scales is None:
-        b_sum = row_products(
-            p_a,
-            p_w + expert * (N * K),
-            o_rows,
-            m_rows,
-            o_columns,
-            m_columns,
-            W_STRIDES[1],
-            W_STRIDES[2],
-            K,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K=64,
-        )
+        b_sum = wide_products(p_a, p_w, expert, o_rows, m_rows, o_columns, W_STRIDES, K, BLOCK_M, BLOCK_N)
     else:
         b_sum = scaled_row_products(
             p_a,

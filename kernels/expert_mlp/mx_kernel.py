@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe.kernels.grouped_gemm.fp8_kernel import wide_products
 from moe.kernels.grouped_gemm.mx_kernel import MX_BLOCK, mx_row_products
-from moe.kernels.grouped_gemm.triton_kernel import gathered, halves, row_products, tile_rows
+from moe.kernels.grouped_gemm.triton_kernel import gathered, halves, tile_rows
 from moe.kernels.quantize.formats import ROW_TILE
 from moe.kernels.quantize.triton_kernel import as_stored, magnitude_bits, scales_of
 
@@ -175,20 +176,7 @@ def products(
     m_columns = o_columns >= 0
     p_expert = p_w + expert * W_STRIDES[0]
     if p_a_scales is None:
-        b_sum = row_products(
-            p_a,
-            p_expert,
-            o_rows,
-            m_rows,
-            o_columns,
-            m_columns,
-            W_STRIDES[1],
-            W_STRIDES[2],
-            K,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K=64,
-        )
+        b_sum = wide_products(p_a, p_w, expert, o_rows, m_rows, o_columns, W_STRIDES, K, BLOCK_M, BLOCK_N)
     else:
         b_sum = mx_row_products(
             p_a,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe.kernels.grouped_gemm.triton_kernel import TileMaps, gathered, tile_rows
+from moe.kernels.grouped_gemm.triton_kernel import TileMaps, gathered, row_products, tile_rows
 from moe.kernels.quantize import formats, quantize_weights
 from moe.kernels.quantize.formats import Quantized
 
@@ -44,6 +44,38 @@ class Weight(NamedTuple):
     scales: Tensor | None
     columns: int
     strides: tuple[int, ...]
+
+
+@triton.jit
+def wide_products(
+    p_a,
+    p_w,
+    expert,
+    o_rows,
+    m_rows,
+    o_columns,
+    W_STRIDES: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """fp32 [BLOCK_M, BLOCK_N]: rows of a [., K] times the expert's columns of a `wide_weight`."""
+    p_expert = p_w + expert * W_STRIDES[0]
+    m_columns = o_columns >= 0
+    return row_products(
+        p_a,
+        p_expert,
+        o_rows,
+        m_rows,
+        o_columns,
+        m_columns,
+        W_STRIDES[1],
+        W_STRIDES[2],
+        K,
+        BLOCK_M,
+        BLOCK_N,
+        64,
+    )
 
 
 @triton.jit

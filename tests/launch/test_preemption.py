@@ -8,6 +8,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+import pytest
 from checkpoint_tensors import assert_bit_equal
 from launches import OVERRIDES, RECIPE, STEPS, Start, end, last, only_rank
 from train_runs import TINY, command, losses, train_command
@@ -65,6 +66,7 @@ def test_sbatch_script_saves_at_the_time_limit_requeues_itself_and_goes_on_bit_e
     assert_bit_equal(last(run_dir), last(clean_run))
 
 
+@pytest.mark.slow  # half a minute; test_two_hosts.py loses ranks of two nodes, too
 def test_two_nodes_stop_together_and_survive_a_killed_rank(
     start: Start, clean_run: Path, tmp_path: Path
 ) -> None:
