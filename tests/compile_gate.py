@@ -73,6 +73,8 @@ class Compiled:
 
     def count(self, instruction: str) -> int:
         """Times that an instruction occurs, as in `HGMMA`, `LDG` or `LDG.E.128`; modifiers may follow."""
+        if instruction not in self.sass:  # megabytes, and most are not in it: found so without an expression
+            return 0
         return len(re.findall(rf"\b{re.escape(instruction)}\b", self.sass))
 
 

@@ -36,6 +36,16 @@ TINY = (
     "tracking.wandb=disabled",
 )
 
+# Two ranks, in step for every piece of a sequence and for every expert's rows.
+OVERLAPPED = (
+    "train.steps=20",
+    "checkpoint.interval=5",
+    "parallel.cp=2",
+    "parallel.ep=2",
+    "parallel.overlap_grad_reduce=true",
+    "parallel.overlap_param_gather=true",
+)
+
 
 def environment() -> dict[str, str]:
     """What a shell has, less what an outer job or pytest added; one thread a rank on two shared cores."""

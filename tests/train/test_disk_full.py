@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import subprocess
 from pathlib import Path
 
-from train_runs import command, environment, run, train_command
+from train_runs import command, environment, run
 
 
 def limit_file_size() -> None:
@@ -15,12 +16,12 @@ def limit_file_size() -> None:
 
 
 def test_shard_that_cannot_be_written_ends_the_run_and_spares_the_checkpoint_before(
-    tmp_path: Path,
+    reference_run: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    run(train_command(run_dir, "train.steps=2", "train.eval_sequences=2"))
+    shutil.copytree(reference_run, run_dir)
     done = subprocess.run(
-        command("resume", str(run_dir), "train.steps=3"),
+        command("resume", str(run_dir), "train.steps=21"),
         env=environment(),
         preexec_fn=limit_file_size,
         capture_output=True,
@@ -30,14 +31,12 @@ def test_shard_that_cannot_be_written_ends_the_run_and_spares_the_checkpoint_bef
     )
     assert done.returncode == 2, done.stderr[-2000:]
     assert "bytes are free" in done.stderr
-    assert "step_00000003.partial" in done.stderr
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
-        "step_00000002",
-        "step_00000003.partial",
-    ]
-    run(command("verify", str(run_dir / "checkpoints" / "step_00000002")))
-    run(command("resume", str(run_dir), "train.steps=3"))
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
-        "step_00000002",
-        "step_00000003",
-    ]
+    assert "step_00000021.partial" in done.stderr
+    assert checkpoints(run_dir) == ["step_00000010", "step_00000020", "step_00000021.partial"]
+    run(command("verify", str(run_dir / "checkpoints" / "step_00000020")))
+    run(command("resume", str(run_dir), "train.steps=21"))
+    assert checkpoints(run_dir) == ["step_00000020", "step_00000021"]  # two are kept
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
