@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -193,14 +193,20 @@ class MegatronJob:
 def moe_layers_of(models: Sequence[GPTModel]) -> dict[int, MoEAdapter]:
     """The expert layers of a rank's chunks, as MegatronJob.moe_layers."""
     return {
-        layer.layer_number - 1: layer.mlp
+        index: layer.mlp
         for model in models
-        for layer in _layers_of(model)
+        for index, layer in _numbered_layers(model)
         if isinstance(layer.mlp, MoEAdapter)
     }
 
 
-def _layers_of(model: GPTModel) -> list[TransformerLayer]:
-    """Of a chunk; those of multi-token prediction, which follow the last layer, are numbered after it."""
-    ahead = [getattr(module, MTP_LAYER) for module in model.mtp.layers] if model.mtp_process else []
-    return [*model.decoder.layers, *ahead]
+def _numbered_layers(model: GPTModel) -> Iterator[tuple[int, TransformerLayer]]:
+    """Of a chunk, from 0; those of multi-token prediction follow the model's last layer.
+
+    Their own number continues the model's in megatron-core 0.16 and begins anew in 0.19; the number of the
+    module around each is its place among the modules in both.
+    """
+    for layer in model.decoder.layers:
+        yield layer.layer_number - 1, layer
+    for module in model.mtp.layers if model.mtp_process else ():
+        yield model.config.num_layers + module.layer_number - 1, getattr(module, MTP_LAYER)

@@ -11,6 +11,7 @@ import contextlib
 import os
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -135,8 +136,7 @@ class WandbSink:
             if self._worker.is_alive():
                 self._give_up(f"it did not finish within {self._finish_timeout_s:g} s")
         if not self._on.is_set():
-            # Registered after wandb's own handler, so it runs before it.
-            atexit.register(_kill_helper_soon)
+            _kill_helper_at_exit()
 
     def _submit(self, call: Callable[[], None] | None) -> None:
         if not self._on.is_set():
@@ -206,11 +206,19 @@ def _run_id(run_dir: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def _kill_helper_soon() -> None:
+def _kill_helper_at_exit() -> None:
     """Bound wandb's own exit handler, which waits without limit for the process that wandb started."""
-    timer = threading.Timer(EXIT_GRACE_S, _kill_helper)
-    timer.daemon = True
-    timer.start()
+    exiting = threading.Event()
+    # Starts now: from Python 3.12 on no thread can start once the interpreter is exiting.
+    threading.Thread(target=_kill_helper_after, args=(exiting,), daemon=True).start()
+    # Registered after wandb's own handler, so it runs before it.
+    atexit.register(exiting.set)
+
+
+def _kill_helper_after(exiting: threading.Event) -> None:
+    exiting.wait()
+    time.sleep(EXIT_GRACE_S)
+    _kill_helper()
 
 
 def _kill_helper() -> None:

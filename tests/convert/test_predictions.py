@@ -56,6 +56,8 @@ def test_config_that_counts_layers_which_are_not_there_is_corrected(tmp_path: Pa
 
 def their_gradients(model: Any, ahead: Any, tokens_BS: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of the mean losses of both predictions, for what the family and the layer share or own."""
+    from moe.model.spec import MTP_LAYER
+
     hidden_BSD = model.model(tokens_BS).last_hidden_state
     positions_BS = torch.arange(tokens_BS.shape[1] - 1).expand(tokens_BS.shape[0], -1)
     next_BSD = ahead.forward_layer(0, hidden_BSD[:, :-1], positions_BS, None, input_ids=tokens_BS[:, 1:])
@@ -63,7 +65,7 @@ def their_gradients(model: Any, ahead: Any, tokens_BS: torch.Tensor) -> dict[str
     second = F.cross_entropy(model.lm_head(next_BSD)[:, :-1].flatten(0, 1), tokens_BS[:, 2:].flatten())
     (first + COEFF * second).backward()
     layer = ahead.layers[0]
-    block, ours = layer.mtp_block, "mtp.layers.0.transformer_layer"
+    block, ours = layer.mtp_block, f"mtp.layers.0.{MTP_LAYER}"
     return {
         "embedding.word_embeddings.weight": model.model.embed_tokens.weight.grad,
         "output_layer.weight": model.lm_head.weight.grad,
