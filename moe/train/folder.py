@@ -94,6 +94,19 @@ def can_resume(run_dir: Path, config: RunConfig) -> bool:
     return bool(list_complete(run_dir / "checkpoints"))
 
 
+def check_tokenizer(run_dir: Path, fingerprint: str) -> None:
+    """Raise InputError if the newest start had another tokenizer: the same ids would be other text."""
+    path = run_dir / STARTS_FILE
+    starts = read_step_log(path) if path.exists() else []
+    before = starts[-1].get("tokenizer") if starts else None  # a start of an earlier version names none
+    if before not in (None, fingerprint):
+        raise InputError(
+            f"{run_dir} was trained with the tokenizer {before[:12]}, this one is {fingerprint[:12]}: its "
+            "ids mean other text; name the run's own in data.tokenizer or, with the default data, which is "
+            "made of Python's library, resume with the Python that began the run"
+        )
+
+
 def _at(values: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         values = values[part]
@@ -117,12 +130,22 @@ def ranks_of_newest(run_dir: Path) -> int:
     )
 
 
-def log_start(run_dir: Path, *, step: int, energy_j: float, wall_s: float, world_size: int) -> None:
-    """Add a line to starts.jsonl: where a start begins, on how many ranks, and what was spent before."""
-    spent_j = energy_j if math.isfinite(energy_j) else None
-    line = json.dumps({"step": step, "energy_j": spent_j, "wall_s": wall_s, "world_size": world_size})
+def log_start(
+    run_dir: Path, *, step: int, energy_j: float, wall_s: float, world_size: int, tokenizer: str
+) -> None:
+    """Add a line to starts.jsonl: where a start begins, on how many ranks, and what was spent before.
+
+    `tokenizer` is a fingerprint.
+    """
+    line = {
+        "step": step,
+        "energy_j": energy_j if math.isfinite(energy_j) else None,
+        "wall_s": wall_s,
+        "world_size": world_size,
+        "tokenizer": tokenizer,
+    }
     with (run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        file.write(json.dumps(line) + "\n")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from moe.train.folder import (
     CONFIG_FILE,
     REPORT_FILE,
     can_resume,
+    check_tokenizer,
     log_start,
     refuse_existing,
     spent_before,
@@ -85,6 +86,8 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
         note(_introduction(config, engine, run_dir, kernels))
     inputs = on_rank0(lambda: find_inputs(config, note))
     tokenizer = Tokenizer.load(inputs.tokenizer)
+    if resume:
+        on_rank0(lambda: check_tokenizer(run_dir, tokenizer.fingerprint))
     datasets = build_datasets(config, inputs, tokenizer)
     outputs = Outputs(note)
     # Before the checkpoint is read: what a restart costs belongs to the run.
@@ -97,7 +100,12 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
             return None
         on_rank0(
             lambda: outputs.open(
-                config, run_dir, energy=energy, progress=progress, world_size=engine.world_size
+                config,
+                run_dir,
+                energy=energy,
+                progress=progress,
+                world_size=engine.world_size,
+                tokenizer=tokenizer,
             )
         )
         loop = Loop(
@@ -143,6 +151,7 @@ class Outputs:
         energy: JobEnergy,
         progress: Progress,
         world_size: int,
+        tokenizer: Tokenizer,
     ) -> None:
         """Open every file and tracker; the run's config is replaced only now that nothing else can fail.
 
@@ -162,6 +171,7 @@ class Outputs:
             energy_j=progress.energy_j,
             wall_s=progress.wall_s,
             world_size=world_size,
+            tokenizer=tokenizer.fingerprint,
         )
         size = {"gpus": energy.num_gpus, "machines": energy.num_machines}
         self.journal.open(energy_record(progress, energy) | size)

@@ -236,7 +236,7 @@ def test_machines_whose_instrument_failed_in_an_earlier_start_stay_unknown(tmp_p
         labels | {"step": step, "energy_j": joules, "wall_s": joules}
         for step, joules in enumerate((0.0, 5.0))
     ]
-    log_start(tmp_path, step=0, energy_j=0.0, wall_s=0.0, world_size=1)
+    log_start(tmp_path, step=0, energy_j=0.0, wall_s=0.0, world_size=1, tokenizer="t")
     journal = EnergyJournal(tmp_path)
     journal.open(lines[0] | {"node_j": 0.0})
     journal.end(lines[1] | {"node_j": 8.0})

@@ -72,6 +72,18 @@ def test_resume_in_another_layout_goes_on_with_the_same_losses(
     assert losses(copy) == pytest.approx(losses(reference_run), rel=1e-3)
 
 
+def test_resume_under_another_tokenizer_is_refused_and_writes_nothing(
+    reference_run: Path, tmp_path: Path
+) -> None:
+    copy = copy_before_the_end(reference_run, tmp_path / "run")
+    (start,) = [json.loads(line) for line in (copy / "starts.jsonl").read_text().splitlines()]
+    (copy / "starts.jsonl").write_text(json.dumps(start | {"tokenizer": "0" * 64}) + "\n")
+    before = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    output = " ".join(run(command("resume", str(copy)), expect=2).split())
+    assert f"trained with the tokenizer 000000000000, this one is {start['tokenizer'][:12]}" in output
+    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
+
+
 def test_killed_rank_is_named_and_resume_is_bit_equal(overlapped_run: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     argv = train_command(killed, *OVERLAPPED, nproc=2)
