@@ -126,7 +126,7 @@ def start(
     engine: Any = Engine(meter, killed_in)
     outputs = Outputs(lambda text: None)
     energy = JobEnergy(config.energy, engine.torch_device, outputs.say)
-    outputs.open(config, run_dir, energy=energy, progress=progress, world_size=1)
+    outputs.open(config, run_dir, energy=energy, progress=progress, world_size=1, tokenizer="t")
     loop = SavingLoop(
         config,
         run_dir,
