@@ -105,7 +105,7 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
                 energy=energy,
                 progress=progress,
                 world_size=engine.world_size,
-                tokenizer=tokenizer,
+                tokenizer=tokenizer.fingerprint,
             )
         )
         loop = Loop(
@@ -151,7 +151,7 @@ class Outputs:
         energy: JobEnergy,
         progress: Progress,
         world_size: int,
-        tokenizer: Tokenizer,
+        tokenizer: str,
     ) -> None:
         """Open every file and tracker; the run's config is replaced only now that nothing else can fail.
 
@@ -171,7 +171,7 @@ class Outputs:
             energy_j=progress.energy_j,
             wall_s=progress.wall_s,
             world_size=world_size,
-            tokenizer=tokenizer.fingerprint,
+            tokenizer=tokenizer,
         )
         size = {"gpus": energy.num_gpus, "machines": energy.num_machines}
         self.journal.open(energy_record(progress, energy) | size)
