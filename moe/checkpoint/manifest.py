@@ -5,6 +5,9 @@ without one is not a checkpoint and a folder with one can be checked down to the
 changes. Each rank hashes the files that it wrote with `hash_files`; the caller gathers the entries and one
 rank commits them. Nothing here communicates.
 
+Damage is what differs from the manifest. A file that cannot be read here says nothing about the checkpoint
+(a mount may be missing on this machine), so it is an InputError that names the host.
+
 XXH3 finds damage, not forgery: whoever can write the folder can also write a manifest that fits it.
 Method: https://github.com/Cyan4973/xxHash (XXH3, 128 bit), chosen because it hashes at memory speed.
 """
@@ -12,14 +15,16 @@ Method: https://github.com/Cyan4973/xxHash (XXH3, 128 bit), chosen because it ha
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import os
+import socket
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import xxhash
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -63,6 +68,10 @@ class Manifest(_Frozen):
     files: Annotated[tuple[FileEntry, ...], Field(strict=False)]  # JSON has lists only
     state: dict[str, JsonValue]
 
+    def without(self, names: Container[str]) -> list[FileEntry]:
+        """The entries of all other files."""
+        return [entry for entry in self.files if entry.name not in names]
+
 
 def hash_files(directory: Path, names: Iterable[str]) -> list[FileEntry]:
     """Hash the files that this process wrote, and make them durable.
@@ -101,7 +110,7 @@ def commit_manifest(
     problems = {name: "listed more than once" for name in _repeated(entries)}
     problems |= _misfits(_scan(directory), entries)
     if problems:
-        raise _damaged(directory, problems)
+        raise damaged(directory, problems)
     content = _content(step, entries, state)
     # The shards' names must be as durable as their bytes before a manifest speaks for them.
     for folder in {(directory / entry.name).parent for entry in entries}:
@@ -121,7 +130,8 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         CorruptCheckpointError: there is none, it is damaged, or an entry leaves the folder.
-        InputError: another version of this library wrote it in a form that this one cannot read.
+        InputError: another version of this library wrote it in a form that this one cannot read, or the disk
+            fails.
     """
     path = directory / MANIFEST_NAME
     content = _manifest_bytes(path)
@@ -139,21 +149,12 @@ def read_manifest(directory: Path) -> Manifest:
     return _validated(path, payload)
 
 
-def verify(
-    directory: Path,
-    *,
-    workers: int = 1,
-    on_progress: Callable[[int, int], None] | None = None,
-    shard: tuple[int, int] = (0, 1),
-) -> Manifest:
+def verify(directory: Path, *, workers: int = 1) -> Manifest:
     """Check that a checkpoint holds exactly the files that its manifest lists, bit for bit.
 
     Args:
         directory: the folder of the checkpoint.
         workers: threads that hash; hashing releases the interpreter lock.
-        on_progress: called after each file with the bytes hashed so far and the bytes to hash in all.
-        shard: (rank, ranks): hash only every ranks-th file, so that many ranks share a large checkpoint.
-            Names and sizes of all files are checked in any case.
 
     Returns:
         The manifest, which is then the truth about the folder.
@@ -161,24 +162,97 @@ def verify(
     Raises:
         CorruptCheckpointError: names every file that is missing, unexpected or a link, or differs in size
             or hash.
-        InputError: the manifest's version is not supported.
+        InputError: the manifest's version is not supported, or a file cannot be read.
+    """
+    manifest, problems = compare_names(directory)
+    problems |= wrong_hashes(directory, manifest.without(problems), workers=workers)
+    if problems:
+        raise damaged(directory, problems)
+    return manifest
+
+
+def compare_names(directory: Path) -> tuple[Manifest, dict[str, str]]:
+    """Compare names, kinds and sizes of a checkpoint's files with its manifest; no content is read.
+
+    Args:
+        directory: the folder of the checkpoint.
+
+    Returns:
+        The manifest, and by name what is wrong with a file.
+
+    Raises:
+        CorruptCheckpointError: the manifest itself is missing or damaged.
+        InputError: the manifest's version is not supported, or the folder cannot be read.
     """
     manifest = read_manifest(directory)
-    problems = _misfits(_scan(directory), manifest.files)
-    rank, ranks = shard
-    sound = [entry for entry in manifest.files[rank::ranks] if entry.name not in problems]
-    total_bytes, done_bytes = sum(entry.size_bytes for entry in sound), 0
+    return manifest, _misfits(_scan(directory), manifest.files)
+
+
+def split_by_bytes(entries: Iterable[FileEntry], ranks: int) -> list[list[FileEntry]]:
+    """Share whole files among ranks so that each reads about as many bytes, the same way on every rank.
+
+    The largest file left goes to whoever has least (R. L. Graham, 1969, "Bounds on multiprocessing timing
+    anomalies"): no rank has more than the mean plus one file.
+
+    Args:
+        entries: files, in any order.
+        ranks: shares, >= 1.
+
+    Returns:
+        A list for each rank, largest file first.
+    """
+    shares: list[list[FileEntry]] = [[] for _ in range(ranks)]
+    load = [(0, rank) for rank in range(ranks)]  # bytes so far; a heap
+    for entry in sorted(entries, key=lambda entry: (-entry.size_bytes, entry.name)):
+        size_bytes, rank = load[0]
+        shares[rank].append(entry)
+        heapq.heapreplace(load, (size_bytes + entry.size_bytes, rank))
+    return shares
+
+
+def wrong_hashes(directory: Path, entries: Sequence[FileEntry], *, workers: int) -> dict[str, str]:
+    """Hash files and compare them with the manifest.
+
+    Args:
+        directory: the folder of the checkpoint.
+        entries: the files to read.
+        workers: threads that hash, >= 1.
+
+    Returns:
+        By name what is wrong with a file; empty where all are as written.
+
+    Raises:
+        InputError: a file cannot be read; the text has its path and this host.
+    """
     with ThreadPoolExecutor(workers) as pool:
-        checked = pool.map(lambda entry: _content_problem(directory, entry), sound)
-        for entry, problem in zip(sound, checked, strict=True):
-            if problem:
-                problems[entry.name] = problem
-            done_bytes += entry.size_bytes
-            if on_progress:
-                on_progress(done_bytes, total_bytes)
-    if problems:
-        raise _damaged(directory, problems)
-    return manifest
+        problems = pool.map(lambda entry: _content_problem(directory / entry.name, entry.xxh3_128), entries)
+        return {entry.name: text for entry, text in zip(entries, problems, strict=True) if text}
+
+
+def damaged(directory: Path, problems: Mapping[str, str]) -> CorruptCheckpointError:
+    """The error that names every damaged file of a checkpoint.
+
+    Args:
+        directory: the folder of the checkpoint.
+        problems: by name what is wrong with a file.
+    """
+    listed = "\n".join(f"  {name!r}: {problem}" for name, problem in sorted(problems.items()))
+    return CorruptCheckpointError(
+        f"checkpoint {directory} is damaged in {len(problems)} file(s):\n{listed}\n{_REMEDY}"
+    )
+
+
+def unreadable(path: Path, error: OSError) -> InputError:
+    """The error of a file or folder that this machine cannot read, which is no sign of damage.
+
+    Args:
+        path: what was to be read.
+        error: what the operating system answered.
+    """
+    return InputError(
+        f"host {socket.gethostname()} cannot read {path.absolute()}: {error.strerror}. "
+        "Check the file system there. Nothing was renamed; if the checkpoint is lost, move it away."
+    )
 
 
 def _hash_written(directory: Path, name: str) -> FileEntry:
@@ -203,12 +277,20 @@ def _size_and_hash(path: Path, *, sync: bool = False) -> tuple[int, str]:
 def _scan(directory: Path) -> dict[str, os.stat_result]:
     """Everything below `directory` that is not a folder, the manifest's own files left out."""
     found = {}
-    for folder, folders, files in os.walk(directory):
-        # os.walk lists a link to a folder among the folders; it must not pass for one.
-        for name in [*files, *(name for name in folders if Path(folder, name).is_symlink())]:
-            path = Path(folder, name)
-            found[path.relative_to(directory).as_posix()] = path.lstat()
+    try:
+        # Left to itself, os.walk passes over a folder that it cannot list: its files would seem missing.
+        for folder, folders, files in os.walk(directory, onerror=_raise):
+            # os.walk lists a link to a folder among the folders; it must not pass for one.
+            for name in [*files, *(name for name in folders if Path(folder, name).is_symlink())]:
+                path = Path(folder, name)
+                found[path.relative_to(directory).as_posix()] = path.lstat()
+    except OSError as error:
+        raise unreadable(directory, error) from error
     return {name: status for name, status in found.items() if name not in _OWN_NAMES}
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _misfits(found: Mapping[str, os.stat_result], entries: Sequence[FileEntry]) -> dict[str, str]:
@@ -227,23 +309,16 @@ def _misfits(found: Mapping[str, os.stat_result], entries: Sequence[FileEntry]) 
     return problems
 
 
-def _content_problem(directory: Path, entry: FileEntry) -> str | None:
+def _content_problem(path: Path, expected: str) -> str | None:
     try:
-        _, digest = _size_and_hash(directory / entry.name)
+        _, digest = _size_and_hash(path)
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    return None if digest == entry.xxh3_128 else f"XXH3-128 is {digest}, the manifest says {entry.xxh3_128}"
+        raise unreadable(path, error) from error
+    return None if digest == expected else f"XXH3-128 is {digest}, the manifest says {expected}"
 
 
 def _repeated(entries: Sequence[FileEntry]) -> list[str]:
     return [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
-
-
-def _damaged(directory: Path, problems: Mapping[str, str]) -> CorruptCheckpointError:
-    listed = "\n".join(f"  {name!r}: {problem}" for name, problem in sorted(problems.items()))
-    return CorruptCheckpointError(
-        f"checkpoint {directory} is damaged in {len(problems)} file(s):\n{listed}\n{_REMEDY}"
-    )
 
 
 def _content(step: int, entries: Sequence[FileEntry], state: Mapping[str, JsonValue]) -> bytes:
@@ -270,8 +345,10 @@ def _manifest_bytes(path: Path) -> bytes:
         raise CorruptCheckpointError(f"{path} is a link, which is refused. {_REMEDY}")
     try:
         return path.read_bytes()
+    except FileNotFoundError as error:
+        raise CorruptCheckpointError(f"{path} is missing. {_REMEDY}") from error
     except OSError as error:
-        raise CorruptCheckpointError(f"{path} cannot be read: {error.strerror}. {_REMEDY}") from error
+        raise unreadable(path, error) from error
 
 
 def _validated(path: Path, payload: Mapping[str, JsonValue]) -> Manifest:

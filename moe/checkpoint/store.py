@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from moe.checkpoint.manifest import MANIFEST_NAME, read_manifest, verify
+from moe.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, verify
 from moe.durable import fsync_directory, storage_error
 from moe.errors import CorruptCheckpointError, InputError
 
@@ -61,36 +61,41 @@ def list_complete(root: Path) -> list[Path]:
 
 
 def newest_valid(
-    root: Path, *, on_corrupt: Callable[[Path, CorruptCheckpointError], None], workers: int = 1
+    root: Path,
+    *,
+    on_corrupt: Callable[[Path, CorruptCheckpointError], None],
+    candidates: Callable[[Path], list[Path]] = list_complete,
+    check: Callable[[Path], Manifest] = verify,
 ) -> Path:
     """Find the newest checkpoint whose every bit is as written.
 
     Args:
         root: the folder of all checkpoints of a run.
         on_corrupt: called with each damaged checkpoint that is newer than the result. It may `quarantine` it.
-        workers: threads that hash.
+        candidates: lists the complete checkpoints, newest first.
+        check: reads a checkpoint, raising CorruptCheckpointError where it is damaged.
 
     Returns:
         The folder to load from.
 
     Raises:
         CorruptCheckpointError: every checkpoint is damaged.
-        InputError: there is no checkpoint at all.
+        InputError: there is no checkpoint at all, or one cannot be read here.
     """
-    candidates = list_complete(root)
-    if not candidates:
+    found = candidates(root)
+    if not found:
         raise InputError(
             f"there is no complete checkpoint in {root}. Check the path, or start with `moe train`."
         )
-    for candidate in candidates:
+    for candidate in found:
         try:
-            _verify_with_step(candidate, workers)
+            _check_step(candidate, check(candidate).step)
         except CorruptCheckpointError as error:
             on_corrupt(candidate, error)
         else:
             return candidate
     raise CorruptCheckpointError(
-        f"none of the {len(candidates)} checkpoint(s) in {root} is intact. "
+        f"none of the {len(found)} checkpoint(s) in {root} is intact. "
         "Restore one from a backup, or start again."
     )
 
@@ -203,10 +208,6 @@ def _step(path: Path) -> int:
 
 def _sibling(final: Path, suffix: str) -> Path:
     return final.with_name(final.name + suffix)
-
-
-def _verify_with_step(checkpoint: Path, workers: int) -> None:
-    _check_step(checkpoint, verify(checkpoint, workers=workers).step)
 
 
 def _check_step(checkpoint: Path, step: int) -> None:

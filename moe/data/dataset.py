@@ -24,6 +24,7 @@ from moe.data.indexed import idx_path
 from moe.data.tokenizer import Tokenizer
 from moe.durable import storage_error
 from moe.errors import InputError
+from moe.ranks import on_rank0
 
 Blend = tuple[tuple[Path, float], ...]
 """Prefixes of token files, each with its weight; the weights need not sum to 1."""
@@ -100,8 +101,9 @@ def build_gpt_datasets(
             "must be 1 or more"
         )
     blends = [_megatron_blend(train, "train"), _megatron_blend(heldout, "held-out"), None]
-    final = cache_dir / _index_key((train, heldout), [seq_length, seed, *sizes, tokenizer.fingerprint])
-    building = _building_folder(final)
+    key = on_rank0(lambda: _index_key((train, heldout), [seq_length, seed, *sizes, tokenizer.fingerprint]))
+    final = cache_dir / key
+    building = on_rank0(lambda: _building_folder(final))
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
@@ -170,19 +172,18 @@ def _index_key(blends: tuple[Blend, Blend], arguments: list[int | str]) -> str:
     """
     digest = hashlib.sha256(repr((blends, arguments)).encode())
     for prefix, _ in (part for blend in blends for part in blend):
-        digest.update(idx_path(prefix).read_bytes())
+        with idx_path(prefix).open("rb") as file:  # may be larger than the memory
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
 def _building_folder(final: Path) -> Path:
-    """Choose, on rank 0 for all, where Megatron looks: in `final`, or if that is absent in a new folder.
+    """Choose where Megatron looks: in `final`, or if that is absent in a new folder.
 
     Megatron takes any file that exists for whole, so a job that is killed while it writes must not leave its
     files where the next one looks.
     """
-    choice = [final if final.is_dir() else final.with_name(f"{final.name}.{uuid.uuid4().hex}")]
-    dist.broadcast_object_list(choice, src=0)
-    return choice[0]
+    return final if final.is_dir() else final.with_name(f"{final.name}.{uuid.uuid4().hex}")
 
 
 def _publish(building: Path, final: Path) -> None:

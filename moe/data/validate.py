@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,11 @@ class _Index:
     documents: npt.NDArray[np.int64]
 
 
-def validate_prefix(prefix: Path, vocab_size: int, tokenizer: str | None = None) -> PrefixInfo:
-    """Check PREFIX.bin and PREFIX.idx completely: layout, sizes, and every token id.
+def validate_prefix(prefix: Path, tokenizer: str | None = None) -> PrefixInfo:
+    """Check that PREFIX.bin and PREFIX.idx belong together: layout and sizes; `check_ids` reads the tokens.
 
     Args:
         prefix: Path of the files without their endings.
-        vocab_size: Number of ids that the model knows.
         tokenizer: Fingerprint that the sidecar must name, if there is a sidecar; None skips this check.
 
     Returns:
@@ -59,7 +59,6 @@ def validate_prefix(prefix: Path, vocab_size: int, tokenizer: str | None = None)
     index = _read_index(idx_path(prefix))
     _check_layout(index, idx_path(prefix))
     _check_bin_size(index, bin_path(prefix))
-    _check_ids(index.dtype, bin_path(prefix), vocab_size)
     sidecar = _read_sidecar(sidecar_path(prefix))
     tokens = int(index.lengths.sum(dtype=np.int64))
     if sidecar is not None:
@@ -71,6 +70,40 @@ def validate_prefix(prefix: Path, vocab_size: int, tokenizer: str | None = None)
         text_bytes=sidecar["bytes"] if sidecar else None,
         tokenizer=sidecar["tokenizer"] if sidecar else None,
     )
+
+
+def check_ids(prefix: Path, vocab_size: int, *, share: tuple[int, int] = (0, 1)) -> None:
+    """Check the token ids of files that `validate_prefix` found whole.
+
+    Args:
+        prefix: Path of the files without their endings.
+        vocab_size: Number of ids that the model knows.
+        share: (k, n) reads the k-th of n equal parts, for trillions of tokens are too many for one rank.
+
+    Raises:
+        InputError: This machine cannot read the files.
+        CorruptDataError: An id is outside the vocabulary; the message names file and byte offset.
+    """
+    path = bin_path(prefix)
+    try:
+        dtype = _read_index(idx_path(prefix)).dtype
+        ids = np.memmap(path, dtype, "r")
+    except OSError as error:
+        raise InputError(
+            f"host {socket.gethostname()} cannot read data file {path}: {error.strerror}; every machine of a "
+            "job must see the same files"
+        ) from error
+    part, parts = share
+    first, end = ids.size * part // parts, ids.size * (part + 1) // parts
+    for start in range(first, end, _SCAN_TOKENS):
+        chunk = ids[start : min(start + _SCAN_TOKENS, end)]
+        if chunk.max() < vocab_size and chunk.min() >= 0:
+            continue
+        position = start + int(((chunk >= vocab_size) | (chunk < 0)).argmax())
+        raise CorruptDataError(
+            f"{path}: token id {int(ids[position])} at byte offset {position * dtype.itemsize} is outside "
+            f"the vocabulary, 0 to {vocab_size - 1}; prepare the data with the model's tokenizer"
+        )
 
 
 def _read_index(path: Path) -> _Index:
@@ -146,19 +179,6 @@ def _check_bin_size(index: _Index, path: Path) -> None:
         raise CorruptDataError(
             f"{path} is {kind}: {actual_bytes} bytes, its .idx needs {expected_bytes} (they part at byte "
             f"offset {min(actual_bytes, expected_bytes)}); {_REMEDY}"
-        )
-
-
-def _check_ids(dtype: np.dtype[Any], path: Path, vocab_size: int) -> None:
-    ids = np.memmap(path, dtype, "r")
-    for start in range(0, ids.size, _SCAN_TOKENS):
-        chunk = ids[start : start + _SCAN_TOKENS]
-        if chunk.max() < vocab_size and chunk.min() >= 0:
-            continue
-        position = start + int(((chunk >= vocab_size) | (chunk < 0)).argmax())
-        raise CorruptDataError(
-            f"{path}: token id {int(ids[position])} at byte offset {position * dtype.itemsize} is outside "
-            f"the vocabulary, 0 to {vocab_size - 1}; prepare the data with the model's tokenizer"
         )
 
 

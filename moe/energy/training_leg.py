@@ -21,7 +21,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.energy.watch import Machines, Watch
 from moe.engine.base import Engine
 from moe.metering.report import Energy
-from moe.ranks import on_every_rank, on_rank0
+from moe.ranks import on_every_rank
 from moe.train.inputs import find_inputs
 from moe.train.job_energy import JobEnergy
 from moe.train.loop import Loop, Progress
@@ -96,7 +96,7 @@ def _train(
     engine: Engine, config: RunConfig, make_watch: Callable[[Machines], Watch], note: Note
 ) -> Trained | None:
     machines = _machines(engine)
-    inputs = on_rank0(lambda: find_inputs(config, note))
+    inputs = find_inputs(config, note)
     tokenizer = Tokenizer.load(inputs.tokenizer)
     energy = JobEnergy(config.energy, engine.torch_device, note)
     stop = StopRequest()

@@ -98,11 +98,11 @@ class Engine(Protocol):
         ...
 
     def rng_state(self) -> dict[str, Tensor]:
-        """Random generator states of this rank, uint8."""
+        """Random generator states of this rank, uint8; one is named `cuda` on CUDA and only there."""
         ...
 
     def set_rng_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what rng_state gave."""
+        """Restore what rng_state gave on the same kind of device."""
         ...
 
     def close(self) -> None:

@@ -174,9 +174,12 @@ class MegatronJob:
         return states
 
     def set_rng_state(self, state: Mapping[str, Tensor]) -> None:
-        """See Engine."""
+        """See Engine. Raises ValueError for the states of another kind of device, whose sizes differ."""
+        on_cuda = self.torch_device.type == "cuda"
+        if ("cuda" in state) != on_cuda:
+            raise ValueError(f"random states {sorted(state)} cannot be restored on {self.torch_device.type}")
         torch.set_rng_state(state["torch"])
-        if self.torch_device.type == "cuda":
+        if on_cuda:
             torch.cuda.set_rng_state(state["cuda"])
         tracker = {
             name.removeprefix("megatron."): value

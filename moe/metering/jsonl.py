@@ -31,11 +31,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe.durable import write_atomically
+from moe.durable import atomic_writer, storage_error
 from moe.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
@@ -56,11 +56,16 @@ class StepLog:
         Raises:
             InputError: A line that should be kept is not JSON with a step.
         """
-        old_records = read_step_log(path) if path.exists() else []
-        kept = [record for record in old_records if record["step"] <= resume_step]
         # The newest line kept, from which running totals go on; None in a fresh log.
-        self.last: dict[str, Any] | None = kept[-1] if kept else None
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.last: dict[str, Any] | None = None
+        try:
+            with atomic_writer(path) as kept:
+                for record in _records(path) if path.exists() else ():
+                    if record["step"] <= resume_step:
+                        self.last = record
+                        kept.write(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            raise storage_error(path, error) from error
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -84,11 +89,17 @@ def read_step_log(path: Path) -> list[dict[str, Any]]:
         InputError: The file is missing, or a line is not a JSON object with an integer `step`.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return list(_records(path))
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; is {path.parent} the folder of a run?") from error
-    # Every complete line ends in a newline, so what follows the last one is empty or cut short.
-    return [_parse(path, number, line) for number, line in enumerate(lines[:-1], start=1)]
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """One after the other, for expert loads of a long run with many experts are gigabytes."""
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith("\n"):  # as every complete line does
+                yield _parse(path, number, line)
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from moe.checkpoint.manifest import verify
+from moe.checkpoint.manifest import read_manifest
 from moe.config.compare import differences
 from moe.config.schema import ModelSection
 from moe.errors import InputError
 
 
 def check_initial_weights(checkpoint: Path, model: ModelSection) -> None:
-    """Hash a checkpoint and compare its model with the run's.
+    """Compare the model of a checkpoint with the run's; no tensor is read.
 
     Raises:
         InputError: they compute differently; the text names the keys.
-        CorruptCheckpointError: the checkpoint is damaged.
+        CorruptCheckpointError: the checkpoint's manifest is damaged.
     """
-    state = verify(checkpoint, workers=os.cpu_count() or 1).state
+    state = read_manifest(checkpoint).state
     try:
         held = ModelSection.model_validate_json(json.dumps(state.get("model")), strict=True)
     except ValidationError as error:

@@ -16,7 +16,13 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from moe.checkpoint.load import find_checkpoint, load_checkpoint, load_initial_weights
+from moe.checkpoint.load import (
+    find_checkpoint,
+    load_checkpoint,
+    load_initial_weights,
+    verify_together,
+    written_on,
+)
 from moe.checkpoint.manifest import read_manifest
 from moe.config.load import dump_config
 from moe.config.schema import RunConfig
@@ -84,7 +90,7 @@ def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | 
     resume = on_rank0(lambda: _open_folder(config, options))
     if engine.rank == 0:
         note(_introduction(config, engine, run_dir, kernels))
-    inputs = on_rank0(lambda: find_inputs(config, note))
+    inputs = find_inputs(config, note)
     tokenizer = Tokenizer.load(inputs.tokenizer)
     if resume:
         on_rank0(lambda: check_tokenizer(run_dir, tokenizer.fingerprint))
@@ -300,6 +306,7 @@ def _begin(engine: Engine, config: RunConfig, options: RunOptions) -> Progress:
     source = config.train.init_from
     if source is not None:
         on_rank0(lambda: check_initial_weights(source, config.model))
+        verify_together(source)
         load_initial_weights(engine, source)
         if engine.rank == 0:
             note(f"starting from the weights of {source}")
@@ -315,13 +322,17 @@ def _restore(engine: Engine, run_dir: Path, note: Note) -> Progress:
     layout = written["layout"]
     assert isinstance(layout, dict)
     layout.setdefault("etp", 1)  # which early checkpoints do not name
-    same = layout == engine.layout.as_dict() and written["world_size"] == engine.world_size
-    manifest = load_checkpoint(engine, checkpoint, same_layout=same)
+    same_layout = layout == engine.layout.as_dict() and written["world_size"] == engine.world_size
+    same_device = on_rank0(lambda: written_on(checkpoint)) == engine.torch_device.type
+    manifest = load_checkpoint(engine, checkpoint, with_rng=same_layout and same_device)
     progress = progress_from(manifest.state)
     # Steps after the checkpoint are done again; what their first time took was spent all the same.
     progress.charge(on_rank0(lambda: spent_before(run_dir)))
     if engine.rank == 0:
-        note(f"resuming from {checkpoint} at step {progress.step}" + ("" if same else ", in another layout"))
+        changes = ("" if same_layout else ", in another layout") + (
+            "" if same_device else ", on another kind of device"
+        )
+        note(f"resuming from {checkpoint} at step {progress.step}{changes}")
     return progress
 
 

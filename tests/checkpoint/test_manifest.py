@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,9 @@ from moe.checkpoint.manifest import (
     commit_manifest,
     hash_files,
     read_manifest,
+    split_by_bytes,
     verify,
+    wrong_hashes,
 )
 from moe.checkpoint.store import newest_valid
 from moe.errors import CorruptCheckpointError, InputError
@@ -179,21 +183,42 @@ def test_every_damaged_file_is_named_at_once(checkpoint: Path) -> None:
     assert "older checkpoint" in message
 
 
-def test_shards_of_ranks_cover_every_file(checkpoint: Path) -> None:
-    seen = []
-    for rank in range(2):
-        verify(checkpoint, shard=(rank, 2), on_progress=lambda done, total: seen.append((done, total)))
-    sizes_bytes = sum(path.stat().st_size for path in files_of(checkpoint) if path.name != MANIFEST_NAME)
-    assert sum({total for _, total in seen}) == sizes_bytes
-    assert len(seen) == 5
-    flip_bit(checkpoint / "common.pt", 0)
-    caught = 0
-    for rank in range(2):
-        try:
-            verify(checkpoint, shard=(rank, 2))
-        except CorruptCheckpointError:
-            caught += 1
-    assert caught == 1
+def test_what_cannot_be_read_is_no_damage(checkpoint: Path, tmp_path: Path, fork, wait) -> None:
+    def read_without_descriptors() -> None:
+        entries = read_manifest(checkpoint).files
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        for name, look in (
+            (MANIFEST_NAME, lambda: read_manifest(checkpoint)),
+            ("step_00000010", lambda: commit_manifest(checkpoint, step=1, entries=entries, state={})),
+            (".metadata", lambda: wrong_hashes(checkpoint, entries, workers=1)),
+        ):
+            with pytest.raises(InputError, match=rf"{socket.gethostname()} cannot read .*{name}: Too many"):
+                look()
+
+    assert wait(fork(read_without_descriptors)) == 0
+    with pytest.raises(CorruptCheckpointError, match=r"manifest\.json is missing"):
+        read_manifest(tmp_path)
+
+
+def entries_of(sizes_bytes: list[int]) -> list[FileEntry]:
+    return [
+        FileEntry(name=f"f{index}", size_bytes=size_bytes, xxh3_128="0" * 32)
+        for index, size_bytes in enumerate(sizes_bytes)
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8, 64])
+def test_shares_are_even_by_bytes_and_cover_every_file_once(ranks: int) -> None:
+    choice = random.Random(ranks)
+    # Large and small ones alternate, as `__0_0.distcp` and `rng_00000.safetensors` do.
+    entries = entries_of([choice.randrange(10**9) if index % 2 else 2_500 for index in range(200)])
+    shares = split_by_bytes(entries, ranks)
+    assert sorted(entry.name for share in shares for entry in share) == sorted(e.name for e in entries)
+    load = [sum(entry.size_bytes for entry in share) for share in shares]
+    assert max(load) - min(load) <= max(entry.size_bytes for entry in entries)
+    assert max(load) <= 1.15 * sum(load) / ranks or ranks == 64
+    choice.shuffle(entries)
+    assert split_by_bytes(entries, ranks) == shares  # every rank comes to the same
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ def test_default_is_built_once_and_is_valid(small_library, tmp_path):
     data = ensure_default(tmp_path / "cache", VOCAB, lines.append)
     tokenizer = Tokenizer.load(data.tokenizer)
     assert tokenizer.vocab_size == VOCAB
-    train = validate_prefix(data.train, VOCAB, tokenizer.fingerprint)
-    heldout = validate_prefix(data.heldout, VOCAB, tokenizer.fingerprint)
+    train = validate_prefix(data.train, tokenizer.fingerprint)
+    heldout = validate_prefix(data.heldout, tokenizer.fingerprint)
     assert train.documents > heldout.documents > 0
     assert lines
     again = []
@@ -86,4 +86,4 @@ def test_two_processes_at_once_build_once(small_library, tmp_path):
     outputs = [process.communicate(timeout=60)[0].split() for process in started]
     assert outputs[0][0] == outputs[1][0]
     assert sorted(built for _, built in outputs) == ["False", "True"]
-    assert validate_prefix(Path(outputs[0][0]), VOCAB).documents > 0
+    assert validate_prefix(Path(outputs[0][0])).documents > 0

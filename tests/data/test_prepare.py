@@ -159,4 +159,4 @@ def test_bpe_ids_decode_to_the_text(tmp_path):
     prefix = tmp_path / "out"
     prepare([_jsonl(tmp_path / "in.jsonl", *texts)], tokenizer, prefix)
     assert tokenizer.decode(np.fromfile(bin_path(prefix), np.uint16)) == "".join(texts)
-    assert validate_prefix(prefix, tokenizer.vocab_size, tokenizer.fingerprint).documents == 2
+    assert validate_prefix(prefix, tokenizer.fingerprint).documents == 2

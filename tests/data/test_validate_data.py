@@ -1,4 +1,5 @@
 import json
+import socket
 import struct
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from moe.data.indexed import HEADER, bin_path, idx_path, indexed_writer, sidecar_path
 from moe.data.prepare import prepare_documents
 from moe.data.split import Document
-from moe.data.validate import validate_prefix
+from moe.data.validate import check_ids, validate_prefix
 from moe.errors import CorruptDataError, InputError
 
 VOCAB = 257
@@ -27,17 +28,18 @@ def _patch(path, offset, data):
     path.write_bytes(content)
 
 
-def _refusal(prefix, **arguments):
+def _refusal(prefix):
     with pytest.raises(CorruptDataError) as error:
-        validate_prefix(prefix, VOCAB, **arguments)
+        validate_prefix(prefix)
+        check_ids(prefix, VOCAB)
     return str(error.value)
 
 
 def test_good_files_are_described(prefix, byte_tokenizer):
-    info = validate_prefix(prefix, VOCAB, byte_tokenizer.fingerprint)
+    info = validate_prefix(prefix, byte_tokenizer.fingerprint)
     assert (info.documents, info.tokens, info.dtype, info.text_bytes) == (3, 12, "uint16", 9)
     sidecar_path(prefix).unlink()
-    assert validate_prefix(prefix, VOCAB, "anything").tokenizer is None
+    assert validate_prefix(prefix, "anything").tokenizer is None
 
 
 @pytest.mark.parametrize("cut", [1, 2, 23])
@@ -62,7 +64,7 @@ def test_id_outside_the_vocabulary_is_refused_with_its_offset(prefix, position):
     _patch(bin_path(prefix), 2 * position, struct.pack("<H", VOCAB))
     message = _refusal(prefix)
     assert f"{bin_path(prefix)}: token id {VOCAB} at byte offset {2 * position} " in message
-    assert validate_prefix(prefix, VOCAB + 1).tokens == 12
+    check_ids(prefix, VOCAB + 1)
 
 
 def test_first_of_many_bad_ids_is_named_far_into_a_large_file(tmp_path):
@@ -80,7 +82,26 @@ def test_negative_id_of_wide_storage_is_refused(tmp_path, byte_tokenizer):
     prepare_documents([Document("a", "abc")], byte_tokenizer, prefix)
     _patch(bin_path(prefix), 4, struct.pack("<i", -1))
     with pytest.raises(CorruptDataError, match="token id -1 at byte offset 4"):
-        validate_prefix(prefix, 100_000)
+        check_ids(prefix, 100_000)
+
+
+@pytest.mark.parametrize("parts", [2, 5, 12, 30])
+def test_ranks_that_share_the_ids_find_each_bad_one_once(prefix, parts):
+    _patch(bin_path(prefix), 2 * 7, struct.pack("<H", VOCAB))
+    finders = []
+    for part in range(parts):
+        try:
+            check_ids(prefix, VOCAB, share=(part, parts))
+        except CorruptDataError as error:
+            assert "at byte offset 14 " in str(error)
+            finders.append(part)
+    assert len(finders) == 1
+
+
+def test_machine_that_cannot_see_the_tokens_is_named(prefix):
+    bin_path(prefix).unlink()
+    with pytest.raises(InputError, match=f"host {socket.gethostname()} cannot read data file .*set.bin"):
+        check_ids(prefix, VOCAB)
 
 
 POINTERS_AT = HEADER.size + 4 * 3
@@ -144,12 +165,12 @@ def test_absent_file_is_refused_by_name(prefix, ending):
     path = prefix.with_name(f"set.{ending}")
     path.unlink()
     with pytest.raises(InputError, match=rf"set\.{ending} does not exist"):
-        validate_prefix(prefix, VOCAB)
+        validate_prefix(prefix)
 
 
 def test_data_of_another_tokenizer_is_refused(prefix):
     with pytest.raises(InputError, match="the run uses other"):
-        validate_prefix(prefix, VOCAB, "other")
+        validate_prefix(prefix, "other")
 
 
 @pytest.mark.parametrize(

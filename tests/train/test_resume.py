@@ -50,6 +50,7 @@ def test_resume_in_the_same_layout_is_bit_equal(reference_run: Path, tmp_path: P
     copy = copy_before_the_end(reference_run, tmp_path / "run")
     output = run(command("resume", str(copy)))
     assert "at step 10" in output
+    assert "another kind of device" not in " ".join(output.split())
     assert losses(copy) == losses(reference_run)
     assert_bit_equal(step_folder(copy, 20), step_folder(reference_run, 20))
 
