@@ -56,10 +56,10 @@ def params_of_muon(shape: Shape) -> int:
 
 
 def host_bytes(params: float) -> float:
-    """Host memory of one rank that writes a checkpoint which any layout can read.
+    """Host memory of one rank that reads a checkpoint which any layout can read, or writes it.
 
-    megatron-core 0.16 (`fully_reshardable`) gathers main copies and both moments of all that a rank holds,
-    not of its share, in fp32 on each data-parallel rank; a moment that Muon does not keep has its place, too.
+    It has main copies and both moments of all that a rank holds, not of its share, in fp32: to read on each
+    data-parallel rank, to write on the first; a moment that Muon does not keep has its place, too.
 
     Args:
         params: Numbers that the rank holds.

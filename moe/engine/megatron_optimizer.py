@@ -8,10 +8,7 @@ of AdamW: buffers, sharding, clipping and checkpoints stay Megatron's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -32,8 +29,6 @@ from moe.model.build import DTYPES
 from moe.optim.decay import decays
 from moe.optim.matrices import Matrices, matrices_of
 from moe.optim.muon import Bucket, MuonAdamW, Piece
-
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def build_optimizer(
@@ -169,80 +164,3 @@ def _main(part: DistributedOptimizer, parameter: Tensor) -> Tensor:
     group, place = part.model_param_group_index_map[parameter]
     main: Tensor = part.optimizer.param_groups[group]["params"][place]
     return main
-
-
-# ---- checkpoints ------------------------------------------------------------------------------------------
-
-
-def create_moments(part: DistributedOptimizer) -> list[dict[str, Tensor]]:
-    """Make the state that the first step would make, for Megatron loads into what exists.
-
-    Returns:
-        That of each parameter of AdamW.
-    """
-    inner = part.optimizer
-    of_muon = _of_muon(inner)
-    adam = []
-    for group in inner.param_groups:
-        for main in group["params"]:
-            inner.state[main] = {"exp_avg": torch.zeros_like(main)}
-            if main not in of_muon:
-                inner.state[main]["exp_avg_sq"] = torch.zeros_like(main)
-                adam.append(inner.state[main])
-    return adam
-
-
-def sharded_moments(
-    part: DistributedOptimizer, model_state: dict[str, Any], *, is_loading: bool
-) -> dict[int, dict[str, Any]]:
-    """Main parameters and moments as parts of whole tensors, by parameter; collective.
-
-    Args:
-        part: Of the optimizer.
-        model_state: Sharded state of all chunks, whose layout they take.
-        is_loading: Describe them only.
-    """
-    of_muon = _of_muon(part.optimizer)
-    states = [part.optimizer.state[main] for main in of_muon] if not is_loading else []
-    for state in states:  # Megatron wants a second moment of everything; this one takes no memory
-        state["exp_avg_sq"] = state["exp_avg"].new_zeros(()).expand_as(state["exp_avg"])
-    with _places_without_padding(part):
-        sharded: dict[int, dict[str, Any]] = part.sharded_param_state_fully_reshardable(
-            model_state, is_loading, metadata=_METADATA
-        )
-    for state in states:
-        del state["exp_avg_sq"]
-    parameters = [parameter for buffer in part.buffers for parameter in buffer.param_index_map]
-    for index, parameter in enumerate(parameters):
-        if hasattr(parameter, "has_one_moment"):
-            del sharded[index]["exp_avg_sq"]
-    return sharded
-
-
-@contextmanager
-def _places_without_padding(part: DistributedOptimizer) -> Iterator[None]:
-    """Megatron joins its buckets without their padding, then looks for parameters where they lay with it.
-
-    In 0.16.1 the state of all after a padded bucket would be shifted, and its end be zeros.
-    """
-    padded = [buffer.param_index_map for buffer in part.buffers]
-    try:
-        for buffer, places in zip(part.buffers, padded, strict=True):
-            padding = [0]
-            for bucket in buffer.buckets:
-                padding.append(padding[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)
-            buffer.param_index_map = {
-                parameter: (start - padding[bucket], end - padding[bucket], bucket)
-                for parameter, (start, end, bucket) in places.items()
-            }
-        yield
-    finally:
-        for buffer, places in zip(part.buffers, padded, strict=True):
-            buffer.param_index_map = places
-
-
-def _of_muon(inner: torch.optim.Optimizer) -> set[Tensor]:
-    """Slices that Muon moves."""
-    if not isinstance(inner, MuonAdamW):
-        return set()
-    return {piece.main for bucket in inner.buckets for piece in bucket.pieces}

@@ -17,7 +17,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
 from moe.checkpoint.shard_writer import InProcessShardWriter
-from moe.engine.megatron_optimizer import create_moments, parts_of, sharded_moments
+from moe.engine.megatron_moments import create_moments, sharded_moments
+from moe.engine.megatron_optimizer import parts_of
 from moe.model.build import sharded_state
 from moe.model.init import global_sizes
 
@@ -60,7 +61,9 @@ def load_state(models: Sequence[GPTModel], optimizer: MegatronOptimizer, directo
 def _sharded(models: Sequence[GPTModel], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
     model_state = {str(index): sharded_state(model) for index, model in enumerate(models)}
     optimizer_state = {
-        str(index): sharded_moments(part, model_state, is_loading=is_loading)
+        str(index): moments
         for index, part in enumerate(parts_of(optimizer))
+        if (moments := sharded_moments(part, model_state, is_loading=is_loading))
     }
-    return {"model": model_state, "optimizer": optimizer_state}
+    # Not where it is empty: Megatron would take that for a value that all ranks should have in common.
+    return {"model": model_state} | ({"optimizer": optimizer_state} if optimizer_state else {})

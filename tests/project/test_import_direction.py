@@ -43,6 +43,7 @@ PLACES = {
         "moe.engine.deepspeed_state",
         "moe.engine.megatron",
         "moe.engine.megatron_job",
+        "moe.engine.megatron_moments",
         "moe.engine.megatron_optimizer",
         "moe.engine.megatron_state",
         "moe.engine.mtp_loss",
