@@ -20,6 +20,7 @@ ALLOWED_NAMES = frozenset(
         "CUDA_DEVICE_MAX_CONNECTIONS",
         "LD_LIBRARY_PATH",
         "OMP_NUM_THREADS",
+        "PYTORCH_ALLOC_CONF",
         "PYTORCH_CUDA_ALLOC_CONF",
         "TRITON_CACHE_DIR",
     }
@@ -83,6 +84,10 @@ def job_environment(config: LaunchConfig, given: Mapping[str, str]) -> list[Sett
     for name, value in config.launch.env.items():
         _check_name(name)
         settings[name] = Setting(name, value, "From launch.env.")
+    asked = given.keys() | config.launch.env.keys()
+    # One setting under two names (torch's CUDAAllocatorConfig.h): ours must not outrank theirs.
+    if "PYTORCH_ALLOC_CONF" in asked and "PYTORCH_CUDA_ALLOC_CONF" not in asked:
+        del settings["PYTORCH_CUDA_ALLOC_CONF"]
     return list(settings.values())
 
 

@@ -50,6 +50,7 @@ class StageMemory:
         logits: Of the output head.
         graphs: Buffers of recorded launches.
         workspace: Of the backward pass of one layer: what is computed again, and gradients of activations.
+            Of the update, by what that exceeds all that the backward pass holds.
     """
 
     stage: int
@@ -106,14 +107,14 @@ def in_flight(job: Job, stage: Stage) -> float:
 
 @dataclass(frozen=True)
 class _Held:
-    """Bytes of what stays all the time, and of momenta that are gathered for an update."""
+    """Bytes of what stays all the time, and of what only an update needs."""
 
     states: dict[str, float]
-    momenta: float
+    update: float
 
 
 def _held(job: Job, stage: Stage) -> _Held:
-    return _Held(_states(job, stage), max(momenta_bytes(job, stage)))
+    return _Held(_states(job, stage), max(*momenta_bytes(job, stage), _adamw_bytes(job, stage)))
 
 
 def _memory(job: Job, stage: Stage, held: _Held, dense: Saved, moe: Saved) -> StageMemory:
@@ -131,8 +132,8 @@ def _memory(job: Job, stage: Stage, held: _Held, dense: Saved, moe: Saved) -> St
     layers = stage.dense_layers + stage.moe_layers + mtp
     kinds = [True] * (stage.dense_layers > 0) + [False] * (stage.moe_layers + mtp > 0)
     backward = (1 + ahead) * max((workspace_bytes(job, dense=kind) for kind in kinds), default=0.0)
-    # Muon gathers its momenta when all that was saved is gone.
-    update = held.momenta - sum(saved.values()) - logits
+    # The optimizer's own temporaries come when all that was saved is gone.
+    update = held.update - sum(saved.values()) - logits
     return StageMemory(
         stage=stage.index,
         **held.states,
@@ -159,6 +160,21 @@ def _states(job: Job, stage: Stage) -> dict[str, float]:
         "gradients": held[2] * (4 if is_fp32 or job.plan.grads == "fp32" else 2),
         "optimizer": states - (_matrices(job, stage) * moment if job.muon else 0),
     }
+
+
+def _adamw_bytes(job: Job, stage: Stage) -> float:
+    """The root of the second moments that torch's AdamW makes of all tensors at once (`_multi_tensor_adam`).
+
+    Megatron-Core takes it where neither Transformer Engine nor Apex is installed, and updates experts apart
+    from the rest. Plans assume so without plan.kernels=te; a fused AdamW needs nothing.
+    """
+    if job.plan.is_te:
+        return 0.0
+    replicas = (job.layout.dense_replicas, job.layout.edp) if job.zero >= 1 else (1, 1)
+    of_muon = held_params(job, stage, of_muon=True) if job.muon else (0, 0)
+    held = zip(held_params(job, stage), of_muon, replicas, strict=True)
+    moment = 4 if job.plan.moments == "fp32" else 2
+    return max((params - matrices) / ranks for params, matrices, ranks in held) * moment
 
 
 def _gathered_layer(job: Job, stage: Stage) -> float:

@@ -33,13 +33,13 @@ from moe.data.tokenizer import Tokenizer
 from moe.durable import write_atomically
 from moe.engine.base import Engine
 from moe.errors import InputError, MoeError
-from moe.kernels.backend import choose_backend
+from moe.kernels.backend import choose_backend, load_driver
 from moe.metering.console import ConsoleSink
 from moe.metering.journal import EnergyJournal, Starts, read_journal, starts_of
 from moe.metering.jsonl import EXPERT_LOAD_FILE, StepLog
 from moe.metering.report import Campaign, Layout, Report, write_report
 from moe.metering.sinks import JsonlSink, Sink, WandbSink
-from moe.ranks import on_rank0
+from moe.ranks import on_every_rank, on_rank0
 from moe.train.folder import (
     CONFIG_FILE,
     REPORT_FILE,
@@ -86,7 +86,7 @@ def run_job(config: RunConfig, options: RunOptions) -> Report | None:
 
 def _run_on(engine: Engine, config: RunConfig, options: RunOptions) -> Report | None:
     run_dir, note = options.run_dir, options.note
-    kernels = on_rank0(lambda: _choose_kernels(config, engine))
+    kernels = on_every_rank(lambda: _choose_kernels(config, engine))[engine.rank]
     resume = on_rank0(lambda: _open_folder(config, options))
     if engine.rank == 0:
         note(_introduction(config, engine, run_dir, kernels))
@@ -242,7 +242,10 @@ def _wandb(config: RunConfig, run_dir: Path, note: Note) -> WandbSink:
 
 def _choose_kernels(config: RunConfig, engine: Engine) -> str:
     try:
-        return choose_backend(config.engine.kernels, torch.empty(0, device=engine.torch_device))
+        kernels = choose_backend(config.engine.kernels, torch.empty(0, device=engine.torch_device))
+        if kernels == "triton" and engine.torch_device.type == "cuda":
+            load_driver()  # here, where what is missing can be named, and not within the first step
+        return kernels
     except ValueError as error:
         raise InputError(f"engine.kernels={config.engine.kernels}: {error}") from error
 

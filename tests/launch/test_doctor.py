@@ -22,7 +22,7 @@ from moe.launch.doctor.check import Check, worst
 from moe.launch.doctor.examine import Patient, _check_node
 from moe.launch.doctor.network import check_infiniband
 from moe.launch.doctor.report import NodeReport, Report
-from moe.launch.doctor.software import check_dispatcher, check_same, check_versions
+from moe.launch.doctor.software import check_dispatcher, check_same, check_triton, check_versions
 from moe.planner.hardware_file import find_gpu
 from moe.planner.plan import make_plan
 from moe.planner.settings import load_plan_config, make_job
@@ -230,6 +230,42 @@ def test_a_fused_dispatcher_needs_its_package(monkeypatch):
     config = load_config(RECIPE, asks, world_size=None)
     report, _ = _check_node(Patient(config=config, run_dir=None, grace_s=60), 1, 1)
     assert {check.name: check.status for check in report.checks}["dispatcher"] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("libcuda", "libcuda.so.1 was not found"),
+        ("compiler", "no C compiler was found; install gcc"),
+        ("CC", "CC=/nowhere/cc does not run"),
+        ("headers", "has no Python.h"),
+    ],
+)
+def test_what_triton_lacks_is_named(case, words, tmp_path, monkeypatch):
+    """Triton's own driver and build fail for real; only that there is a GPU is pretended."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    active = pytest.importorskip("triton.runtime.driver").driver
+    monkeypatch.setattr(driver.CudaDriver, "is_active", staticmethod(lambda: True))
+    for name in ("_default", "_active"):
+        monkeypatch.setattr(active, name, None)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    for name in ("libcuda_dirs", "library_dirs"):
+        monkeypatch.setattr(driver, name, getattr(driver, name).__wrapped__)  # without their caches
+    if case != "libcuda":
+        (tmp_path / "libcuda.so.1").touch()
+        monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
+    elif torch.cuda.is_available():
+        pytest.skip("this machine has libcuda")
+    if case == "compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    if case == "CC":
+        monkeypatch.setenv("CC", "/nowhere/cc")
+    if case == "headers":
+        monkeypatch.setattr("sysconfig.get_paths", lambda **_: {"include": str(tmp_path)})
+    found = check_triton(has_gpu=True)
+    assert found.status == "fail" and words in found.remedy
+    assert check_triton(has_gpu=False).status == "skipped"
 
 
 def test_disk_is_judged_by_the_checkpoints_of_the_run(tmp_path):

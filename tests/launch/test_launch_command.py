@@ -145,6 +145,21 @@ def test_environment_is_an_allow_list_and_every_setting_has_its_reason():
     assert all(setting.reason.endswith((".", ").")) for setting in own_settings(config))
 
 
+@pytest.mark.parametrize(
+    ("shell", "launch_env", "expected"),
+    [
+        ({}, {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "a:1"}, {}, {"PYTORCH_ALLOC_CONF": "a:1"}),
+        ({}, {"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_ALLOC_CONF": "a:1"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "b:1"}, {}, {"PYTORCH_CUDA_ALLOC_CONF": "b:1"}),
+    ],
+)
+def test_our_allocator_setting_gives_way_under_either_name(shell, launch_env, expected):
+    config = job(f"launch.env={json.dumps(launch_env)}", on="slurm").config
+    settings = {setting.name: setting.value for setting in job_environment(config, shell)}
+    assert {name: value for name, value in settings.items() if "ALLOC_CONF" in name} == expected
+
+
 @pytest.mark.parametrize("value", [value for value in HOSTILE if value not in ("-rf", "%j")], ids=repr)
 def test_deepspeed_is_not_given_what_a_remote_shell_could_run(value, tmp_path):
     hosts = "launch.deepspeed.hosts=[node0]"

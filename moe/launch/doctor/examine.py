@@ -86,6 +86,8 @@ def _ranks_of_this_node(leaders: Sequence[int], world_size: int) -> int:
 def _check_node(patient: Patient, ranks: int, nodes: int) -> tuple[NodeReport, float | None]:
     """The checks of one node, and the rate at which it writes, in bytes/s."""
     checks = [software.check_versions(), *_check_gpus(patient, ranks), network.check_infiniband(nodes)]
+    if patient.config is None or patient.config.engine.kernels != "torch":
+        checks.append(software.check_triton(has_gpu=torch.cuda.is_available()))
     dispatcher = "" if patient.config is None else patient.config.parallel.dispatcher
     if dispatcher in ("deepep", "hybridep"):
         checks.append(software.check_dispatcher(dispatcher))

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from moe import __version__
 from moe.errors import InputError
+from moe.kernels.backend import load_driver
 from moe.launch.doctor.check import Check
 
 NEEDED = ("torch", "megatron-core")
@@ -38,6 +39,21 @@ def check_dispatcher(name: str) -> Check:
         found_what = "not found" if absent else "not usable"
         return Check("dispatcher", "fail", f"parallel.dispatcher={name}: deep_ep {found_what}", str(error))
     return Check("dispatcher", "ok", f"parallel.dispatcher={name}: deep_ep {version_of(found)}")
+
+
+def check_triton(*, has_gpu: bool) -> Check:
+    """Whether Triton can compile and load what starts its kernels.
+
+    Args:
+        has_gpu: torch sees one.
+    """
+    if not has_gpu:
+        return Check("triton", "skipped", "torch sees no GPU that would run its kernels")
+    try:
+        load_driver()
+    except ValueError as error:
+        return Check("triton", "fail", "its kernels cannot start", str(error))
+    return Check("triton", "ok", "its driver is built and loaded")
 
 
 def _version(name: str) -> str | None:
